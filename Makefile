@@ -1,0 +1,54 @@
+# Everything a person or CI runs. `make export` is the whole chain on the default recipe.
+RECIPE ?= examples/movie-sentiment.toml
+OUT    ?= build/$(basename $(notdir $(RECIPE)))
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: install export test lint types format docs lock clean
+
+# The environment is made again when what it is made from changes.
+install: $(VENV)/.installed
+
+$(VENV)/.installed: constraints.txt pyproject.toml runtime/pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "edgebert needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, say")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	    --build-constraint constraints.txt \
+	    --editable './runtime[cpu]' --editable '.[cpu]' --group dev
+	touch $@
+
+export: install
+	$(BIN)/edgebert export $(RECIPE) --out $(OUT)
+
+# The tests that start processes of their own report their coverage, too.
+test: install
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/edgebert recipe --reference > docs/recipe.md
+
+# Newest versions that fit, for every supported Python and platform; needs uv.
+lock:
+	uv pip compile --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url \
+	    --quiet --upgrade --extra cpu --group dev --no-emit-package edgebert-runtime \
+	    --output-file constraints.txt pyproject.toml
+	sed -i '1i # Made by `make lock`; `make install` takes exactly these versions.' constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*

@@ -1,0 +1,397 @@
+"""Loads a BERT checkpoint without running anything that it contains.
+
+Every checkpoint comes through here. ``transformers``' own loader follows what a ``config.json``
+says, which has run code from other people's repositories (CVE-2026-4372: a private
+``_attn_implementation_internal`` key). So this module reads the configuration itself, lets known
+model types pass, drops private keys, takes weights from safetensors alone, and puts them into a
+model class of its own choosing. Nothing in edgebert calls ``from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgebert_export.errors import CheckpointError
+from edgebert_runtime.encoder import TextEncoder
+from edgebert_runtime.manifest import Task
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "CHECKPOINT_FILES",
+    "Checkpoint",
+    "checkpoint_encoder",
+    "load_model",
+    "load_tokenizer",
+    "model_inputs",
+    "open_checkpoint",
+    "save_checkpoint",
+]
+
+CHECKPOINT_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+"""The only files that edgebert reads from a checkpoint."""
+
+_MODEL_TYPES = ("bert", "distilbert")
+_ATTENTION_KERNELS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
+_SMALL_FILE_LIMIT_BYTES = 64 * 1024 * 1024
+# Heads and buffers that checkpoints carry and a classifier does not need.
+_IGNORED_WEIGHTS = ("cls.", "vocab_", "bert.embeddings.position_ids", "qa_outputs.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose configuration has been checked.
+
+    Attributes:
+        path: Its directory.
+        config: ``config.json`` without private keys.
+        labels: Labels of its classification head, ``None`` when it has none. ``LABEL_0`` and
+            so on when the checkpoint does not name them.
+        sha256: Over the files that edgebert reads.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    labels: tuple[str, ...] | None
+    sha256: str
+
+    @property
+    def model_type(self) -> str:
+        """``bert`` or ``distilbert``."""
+        return str(self.config["model_type"])
+
+    @property
+    def max_positions(self) -> int:
+        """Longest input in tokens that the position embeddings allow."""
+        return int(self.config.get("max_position_embeddings", 512))
+
+    @property
+    def pad_token_id(self) -> int:
+        """Token id that fills short rows."""
+        return int(self.config.get("pad_token_id") or 0)
+
+    def matches(self, task: Task) -> bool:
+        """Whether the head answers ``task``: its kind, and the same labels in the same order.
+
+        A head with generic names (``LABEL_0``, ...) matches by their number.
+        """
+        if self.labels is None or len(self.labels) != len(task.labels):
+            return False
+        if self.config.get("problem_type") not in (None, _problem_type(task)):
+            return False
+        generic = tuple(f"LABEL_{index}" for index in range(len(self.labels)))
+        return self.labels in (task.labels, generic)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Checks a checkpoint's files and configuration, and loads no weights.
+
+    Raises:
+        CheckpointError: Something is missing, unsafe or not supported; the message names it.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint directory")
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(_why_no_weights(path))
+    config = _read_config(path / "config.json")
+    if not (path / "tokenizer.json").is_file() and not (path / "vocab.txt").is_file():
+        raise CheckpointError(f"{path} has neither tokenizer.json nor vocab.txt")
+    names = _weight_names(weights)
+    has_head = any(name.startswith("classifier.") for name in names)
+    return Checkpoint(
+        path=path,
+        config=config,
+        labels=_head_labels(config, path) if has_head else None,
+        sha256=_hash_files(path),
+    )
+
+
+def _why_no_weights(path: Path) -> str:
+    pickles = sorted(f.name for f in path.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles:
+        return (
+            f"{path}: {pickles[0]} refused: it is a pickle, which can run code when loaded. "
+            "Save the checkpoint as model.safetensors (save_pretrained does)"
+        )
+    if (path / "model.safetensors.index.json").is_file():
+        return f"{path}: the weights are in shards; save them as one model.safetensors"
+    return f"{path} has no model.safetensors"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Reads ``config.json``, refuses what names code, and drops private keys."""
+    try:
+        if path.stat().st_size > _SMALL_FILE_LIMIT_BYTES:
+            raise CheckpointError(f"{path} is too large to be a configuration")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} cannot be read as JSON: {exc}") from exc
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    for key, value in config.items():
+        kernel = key.lstrip("_").startswith("attn_implementation")
+        if kernel and isinstance(value, dict | list):
+            raise CheckpointError(f"{path}: {key!r} refused: it must name one built-in kernel")
+        if kernel and isinstance(value, str) and value not in _ATTENTION_KERNELS:
+            raise CheckpointError(
+                f"{path}: {key!r} refused: {value!r:.80} would load attention code from elsewhere; "
+                "remove the key if you trust the rest of the checkpoint"
+            )
+        if key in {"auto_map", "custom_pipelines"}:
+            raise CheckpointError(
+                f"{path}: {key!r} refused: it names Python code to run, and edgebert runs none; "
+                "remove the key if the model is a plain BERT"
+            )
+        if key in {"is_decoder", "add_cross_attention"} and value:
+            raise CheckpointError(f"{path}: {key!r} refused: edgebert exports encoders")
+        if key == "quantization_config":
+            raise CheckpointError(f"{path}: {key!r} refused: give the checkpoint before quantising")
+    model_type = config.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        raise CheckpointError(
+            f"{path}: model_type {model_type!r:.80} refused; edgebert knows "
+            f"{' and '.join(_MODEL_TYPES)}"
+        )
+    dropped = {"architectures", "torch_dtype", "dtype", "attn_implementation"}
+    return {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and key not in dropped
+    }
+
+
+def _weight_names(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as weights:
+            return list(weights.keys())
+    except (OSError, SafetensorError) as exc:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {exc}") from exc
+
+
+def _head_labels(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    names = config.get("id2label")
+    if not isinstance(names, dict):
+        count = config.get("num_labels", 2)
+        return tuple(f"LABEL_{index}" for index in range(int(count)))
+    try:
+        by_index = {int(index): str(name) for index, name in names.items()}
+        return tuple(by_index[index] for index in range(len(by_index)))
+    except (ValueError, KeyError) as exc:
+        raise CheckpointError(f"{path}/config.json: id2label does not number the labels") from exc
+
+
+def _hash_files(path: Path) -> str:
+    digest = hashlib.sha256()
+    for name in CHECKPOINT_FILES:
+        file = path / name
+        if file.is_file():
+            with file.open("rb") as stream:
+                content = hashlib.sha256()
+                while chunk := stream.read(1024 * 1024):
+                    content.update(chunk)
+            digest.update(f"{name} {content.hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _problem_type(task: Task) -> str:
+    return f"{task.kind}_classification"
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Loads the tokenizer, from ``tokenizer.json`` or else from ``vocab.txt``.
+
+    Raises:
+        CheckpointError: It cannot be read, or has more tokens than the model's embeddings.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    path = checkpoint.path / "tokenizer.json"
+    try:
+        if path.is_file():
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            options = _wordpiece_options(checkpoint.path / "tokenizer_config.json")
+            vocab = str(checkpoint.path / "vocab.txt")
+            built = BertWordPieceTokenizer(vocab, **options)
+            tokenizer = Tokenizer.from_str(built.to_str())
+    except Exception as exc:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{checkpoint.path}: the tokenizer cannot be read: {exc}") from exc
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokens, rows = tokenizer.get_vocab_size(), int(checkpoint.config.get("vocab_size", 30522))
+    if tokens > rows:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer has {tokens} tokens and the model embeds {rows}; "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def _wordpiece_options(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "lowercase": bool(config.get("do_lower_case", True)),
+        "strip_accents": config.get("strip_accents"),
+        "handle_chinese_chars": bool(config.get("tokenize_chinese_chars", True)),
+    }
+
+
+def model_inputs(model_type: str) -> tuple[str, ...]:
+    """Names of the inputs, in the order of the exported graph."""
+    if model_type == "distilbert":
+        return ("input_ids", "attention_mask")
+    return ("input_ids", "attention_mask", "token_type_ids")
+
+
+def checkpoint_encoder(checkpoint: Checkpoint, *, max_length: int, text_pair: bool) -> TextEncoder:
+    """Builds the encoder that training, parity and the device all use.
+
+    Raises:
+        CheckpointError: The tokenizer cannot be read, or ``max_length`` exceeds what the
+            position embeddings allow.
+    """
+    if max_length > checkpoint.max_positions:
+        raise CheckpointError(
+            f"max_length is {max_length} and {checkpoint.path} has positions for "
+            f"{checkpoint.max_positions} tokens; lower max_length"
+        )
+    return TextEncoder(
+        load_tokenizer(checkpoint).to_str().encode(),
+        input_names=model_inputs(checkpoint.model_type),
+        max_length=max_length,
+        pad_token_id=checkpoint.pad_token_id,
+        text_pair=text_pair,
+    )
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    task: Task,
+    *,
+    attention: str = "sdpa",
+    new_head: bool = False,
+) -> PreTrainedModel:
+    """Builds the classifier in FP32 and fills it with the checkpoint's weights.
+
+    Args:
+        checkpoint: From ``open_checkpoint``.
+        task: What the head is to answer.
+        attention: ``sdpa`` to train, ``eager`` to export (its graph is plain MatMul, Softmax).
+        new_head: Whether the head starts fresh (from torch's random state). Otherwise the
+            checkpoint's own head is needed.
+
+    Raises:
+        CheckpointError: Weights are missing, left over, of another shape, or not finite.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        DistilBertConfig,
+        DistilBertForSequenceClassification,
+    )
+
+    if not new_head and not checkpoint.matches(task):
+        raise CheckpointError(_why_no_match(checkpoint, task))
+    values = {k: v for k, v in checkpoint.config.items() if k not in {"num_labels", "label2id"}}
+    values["id2label"] = dict(enumerate(task.labels))
+    values["label2id"] = {label: index for index, label in enumerate(task.labels)}
+    values["problem_type"] = _problem_type(task)
+    distil = checkpoint.model_type == "distilbert"
+    config_class = DistilBertConfig if distil else BertConfig
+    model_class = DistilBertForSequenceClassification if distil else BertForSequenceClassification
+    try:
+        config = config_class(**values)
+        config._attn_implementation = attention
+        model: Any = model_class(config)
+        weights = load_file(checkpoint.path / "model.safetensors")
+    except (TypeError, ValueError, AttributeError, OSError, SafetensorError) as exc:
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {exc}") from exc
+    renamed = {_modern_name(name, checkpoint.model_type): w for name, w in weights.items()}
+    expected = model.state_dict()
+    heads = ("classifier.", "pre_classifier.", "bert.pooler.")
+    fresh = {name for name in expected if new_head and name.startswith(heads)}
+    if new_head:  # another task's head must not leak into this one; a pooler is worth keeping
+        renamed = {k: v for k, v in renamed.items() if not k.startswith("classifier.")}
+    missing = sorted(expected.keys() - renamed.keys() - fresh)
+    unknown = sorted(
+        name for name in renamed.keys() - expected.keys() if not name.startswith(_IGNORED_WEIGHTS)
+    )
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has the unknown weight {unknown[0]}"
+        raise CheckpointError(f"{checkpoint.path}: model.safetensors {what}")
+    for name in expected.keys() & renamed.keys():
+        if renamed[name].shape != expected[name].shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has shape {list(renamed[name].shape)}, config.json "
+                f"says {list(expected[name].shape)}"
+            )
+        if not bool(torch.isfinite(renamed[name]).all()):
+            raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinity")
+    model.load_state_dict(
+        {name: renamed[name].float() for name in expected.keys() & renamed.keys()}, strict=False
+    )
+    classifier: PreTrainedModel = model.eval()
+    return classifier
+
+
+def _why_no_match(checkpoint: Checkpoint, task: Task) -> str:
+    have = "no classification head"
+    if checkpoint.labels is not None:
+        kind = checkpoint.config.get("problem_type") or "classification"
+        have = f"a {kind} head for {len(checkpoint.labels)} labels ({', '.join(checkpoint.labels)})"
+    return (
+        f"{checkpoint.path} has {have}; the task is {task.kind} with {len(task.labels)} labels "
+        f"({', '.join(task.labels)})"
+    )
+
+
+def _modern_name(name: str, model_type: str) -> str:
+    """Adds the prefix that bare encoders lack, and renames TensorFlow's LayerNorm weights."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+    if name.split(".")[0] in {"embeddings", "encoder", "pooler", "transformer"}:
+        return f"{model_type}.{name}"
+    return name
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, path: Path) -> Checkpoint:
+    """Writes a checkpoint that edgebert and ``transformers`` both load, and opens it.
+
+    Args:
+        model: The classifier.
+        tokenizer: Its tokenizer.
+        path: A directory; created if it is not there.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    model.save_pretrained(path, safe_serialization=True)
+    special = {
+        f"{name}_token": f"[{name.upper()}]"
+        for name in ("pad", "unk", "cls", "sep", "mask")
+        if tokenizer.token_to_id(f"[{name.upper()}]") is not None
+    }
+    wrapped: Any = PreTrainedTokenizerFast
+    wrapped(tokenizer_object=tokenizer, **special).save_pretrained(path)
+    return open_checkpoint(path)

@@ -1,0 +1,26 @@
+"""Errors of the export stages, below the runtime's tree.
+
+EdgebertError
+├── ExportError             exit code 1: a stage's result is not what it must be
+└── UsageError
+    ├── CheckpointError     exit code 2: a checkpoint is unsafe, damaged or does not fit
+    └── DataError           exit code 2: a data file or what is in it is wrong
+"""
+
+from __future__ import annotations
+
+from edgebert_runtime.errors import EdgebertError, UsageError
+
+__all__ = ["CheckpointError", "DataError", "ExportError"]
+
+
+class ExportError(EdgebertError):
+    """A stage ran, and its result is not what it must be."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint is unsafe, damaged, or does not fit the task."""
+
+
+class DataError(UsageError):
+    """A data file, or what is in it, is wrong."""

@@ -1,0 +1,105 @@
+"""Writes the bundle that a device loads: models and a tokenizer in, a Bundle out."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgebert_export.checkpoint import Checkpoint, load_tokenizer, model_inputs
+from edgebert_export.to_onnx import OnnxModel
+from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
+from edgebert_runtime.manifest import (
+    FORMAT_VERSION,
+    FileEntry,
+    Manifest,
+    Provenance,
+    Task,
+    TensorSpec,
+    Variant,
+    encode_manifest,
+)
+
+__all__ = ["VariantSource", "write_bundle"]
+
+
+@dataclass(frozen=True)
+class VariantSource:
+    """A model that goes into the bundle, and the devices that it is for."""
+
+    model: OnnxModel
+    devices: tuple[Literal["cpu", "cuda"], ...]
+
+
+def write_bundle(
+    out: Path,
+    *,
+    name: str,
+    task: Task,
+    checkpoint: Checkpoint,
+    max_length: int,
+    variants: Mapping[str, VariantSource],
+    provenance: Provenance,
+) -> Bundle:
+    """Writes a bundle into the empty directory ``out`` and opens it as a device would.
+
+    The same inputs give the same bytes: nothing in a bundle tells when or where it was made.
+
+    Args:
+        out: Where; created if it is not there.
+        name: Name of the model.
+        task: What it answers.
+        checkpoint: Whose tokenizer and inputs the models share.
+        max_length: Longest input in tokens.
+        variants: By name, in order of preference.
+        provenance: Where it comes from.
+
+    Raises:
+        BundleError: What was written does not read back; a fault of ours.
+    """
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.json").write_text(load_tokenizer(checkpoint).to_str(), encoding="utf-8")
+    listed: list[Variant] = []
+    for variant, source in variants.items():
+        path = f"models/{variant}.onnx"
+        shutil.copyfile(source.model.path, out / path)
+        listed.append(
+            Variant(
+                name=variant, model=path, precision=source.model.precision, devices=source.devices
+            )
+        )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        name=name,
+        task=task,
+        tokenizer="tokenizer.json",
+        max_length=max_length,
+        pad_token_id=checkpoint.pad_token_id,
+        inputs=tuple(
+            TensorSpec(name=input_name, dtype="int64", shape=("batch", "seq"))
+            for input_name in model_inputs(checkpoint.model_type)
+        ),
+        outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", len(task.labels))),),
+        variants=tuple(listed),
+        files=_entries(out, ["tokenizer.json", *(item.model for item in listed)]),
+        provenance=provenance,
+    )
+    data = encode_manifest(manifest)
+    (out / MANIFEST).write_bytes(data)
+    (out / MANIFEST_HASH).write_text(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n")
+    bundle = Bundle.open(out)
+    bundle.verify()
+    return bundle
+
+
+def _entries(root: Path, paths: Sequence[str]) -> tuple[FileEntry, ...]:
+    entries = []
+    for path in paths:
+        data = (root / path).read_bytes()
+        entries.append(
+            FileEntry(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        )
+    return tuple(entries)

@@ -1,0 +1,1 @@
+"""The recipe, the chain of stages, evaluation, the report, and the ``edgebert`` command."""

@@ -1,0 +1,177 @@
+"""The ``edgebert`` command: export and its tools, and every command of the runtime."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Literal
+
+import click
+import msgspec
+
+from edgebert_pipeline.errors import GateRefusedError, RecipeError
+from edgebert_runtime.cli import COMMANDS, CommandGroup
+
+__all__ = ["main"]
+
+
+@click.group(cls=CommandGroup)
+@click.version_option(package_name="edgebert")
+def main() -> None:
+    """Turn a fine-tuned BERT into something a device can run."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Libraries read these when they are imported, which is later; a user's own setting stays.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Build directory. [default: build/ and the recipe's name]",
+)
+@click.option(
+    "--until",
+    type=click.Choice(["finetune", "onnx", "quantise", "bundle", "evaluate"]),
+    help="Last stage to run.",
+)
+@click.option(
+    "--force",
+    multiple=True,
+    type=click.Choice(["finetune", "onnx", "quantise", "bundle", "evaluate"]),
+    help="Run this stage even if it is finished. May be given several times.",
+)
+@click.option("--wait", is_flag=True, help="Wait for another run on the same directory.")
+def export(
+    recipe: Path, out: Path | None, until: str | None, force: tuple[str, ...], wait: bool
+) -> None:
+    """Build what RECIPE describes: a bundle, and a report on it.
+
+    Ends with exit code 3 when the gate refuses the result.
+    """
+    from edgebert_pipeline.gate import describe_breach
+    from edgebert_pipeline.recipe import load_recipe
+    from edgebert_pipeline.report import render_table
+    from edgebert_pipeline.run import export as run
+
+    out = out or Path("build") / load_recipe(recipe).name
+    report = run(recipe, out, until=until, force=force, wait=wait)
+    if report is None:
+        return
+    click.echo(render_table(report.evaluation))
+    refused = [check for check in report.gate if not check.passed]
+    for check in refused:
+        click.echo(describe_breach(check), err=True)
+    if refused:
+        raise GateRefusedError(
+            f"the gate refused this build; it is in {out / 'bundle.refused'}, the report in "
+            f"{out / 'report.md'}"
+        )
+    click.echo(f"bundle: {out / 'bundle'}   report: {out / 'report.md'}", err=True)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--format", "format_", type=click.Choice(["csv", "tsv", "jsonl", "parquet"]))
+@click.option("--text", default="text", show_default=True, help="Column of the text.")
+@click.option("--text-pair", help="Column of the second text; needed for a task on pairs.")
+@click.option("--label", default="label", show_default=True, help="Column of the label.")
+@click.option(
+    "--label-value",
+    "label_values",
+    multiple=True,
+    help="What DATA says for each of the bundle's labels, in order. Given once a label.",
+)
+@click.option("--latency-texts", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Threads for one operator.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def evaluate(
+    bundle: Path,
+    data: Path,
+    format_: Literal["csv", "tsv", "jsonl", "parquet"] | None,
+    text: str,
+    text_pair: str | None,
+    label: str,
+    label_values: tuple[str, ...],
+    latency_texts: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure every variant of BUNDLE on the labelled rows of DATA."""
+    from edgebert_pipeline.data import load_examples
+    from edgebert_pipeline.evaluate import evaluate as run
+    from edgebert_pipeline.recipe import DataConfig, RowsSource
+    from edgebert_pipeline.report import render_table
+    from edgebert_runtime.bundle import Bundle
+    from edgebert_runtime.errors import InputError
+
+    task = Bundle.open(bundle).manifest.task
+    if task.text_pair and text_pair is None:
+        raise InputError("this bundle takes pairs of texts; name the second column: --text-pair")
+    if not task.text_pair and text_pair is not None:
+        raise InputError("this bundle takes one text a row; leave --text-pair out")
+    try:
+        rows = RowsSource(path=str(data.absolute()), format=format_)
+        config = DataConfig(
+            task=task.kind,
+            labels=task.labels,
+            text=text,
+            text_pair=text_pair,
+            label=label,
+            label_values=label_values or None,
+            train=rows,
+        )
+    except ValueError as exc:
+        raise InputError(str(exc)) from exc
+    found = run(
+        bundle,
+        load_examples(config, rows, Path()),
+        latency_texts=latency_texts,
+        latency_repeats=3,
+        intra_op_threads=threads,
+    )
+    click.echo(msgspec.json.encode(found) if as_json else render_table(found))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def report(run: Path, as_json: bool) -> None:
+    """Print the report of a build directory RUN (or of a report.json) as Markdown."""
+    from edgebert_pipeline.report import Report, render_markdown
+    from edgebert_runtime.errors import InputError
+
+    path = run / "report.json" if run.is_dir() else run
+    try:
+        data = path.read_bytes()
+        found = msgspec.json.decode(data, type=Report)
+    except OSError as exc:
+        raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
+    except msgspec.DecodeError as exc:
+        raise InputError(f"{path} is not a report of this edgebert: {exc}") from exc
+    click.echo(data if as_json else render_markdown(found), nl=False)
+
+
+@main.command()
+@click.option("--check", type=click.Path(path_type=Path), help="Validate this recipe.")
+@click.option("--reference", is_flag=True, help="Print the reference of all keys, as Markdown.")
+def recipe(check: Path | None, reference: bool) -> None:
+    """Validate a recipe, or print the reference of all keys."""
+    from edgebert_pipeline.recipe import load_recipe
+    from edgebert_pipeline.recipe_reference import render_reference
+
+    if reference:
+        click.echo(render_reference(), nl=False)
+    elif check is not None:
+        found = load_recipe(check)
+        click.echo(f"{check}: {found.name}, {found.data.task}, {len(found.data.labels)} labels: ok")
+    else:
+        raise RecipeError("give --check FILE or --reference")
+
+
+for _command in COMMANDS:
+    main.add_command(_command)

@@ -1,0 +1,91 @@
+"""Says what is being done, on stderr: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+__all__ = ["Progress", "Reporter"]
+
+Progress = Callable[[int, int], None]
+"""Called with units done and units in all."""
+
+_LINE_EVERY_S = 15.0
+
+
+class Reporter:
+    """Reports the stages of a run, with the time that the current one is still to take.
+
+    Attributes:
+        seconds: How long each stage that ran took.
+        reused_stages: Stages whose output was there already.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self.seconds: dict[str, float] = {}
+        self.reused_stages: list[str] = []
+
+    def line(self, text: str) -> None:
+        """Prints a plain line."""
+        click.echo(text, err=True)
+
+    def reused(self, name: str) -> None:
+        """Notes that a stage's output was there already."""
+        self.reused_stages.append(name)
+        self.line(f"{name}: reused")
+
+    @contextmanager
+    def stage(self, name: str, what: str) -> Iterator[Progress]:
+        """Announces a stage, yields its progress callback, and says how long it took."""
+        self.line(f"{name}: {what}")
+        start = time.monotonic()
+        if self._console.is_terminal:
+            with self._bar(name) as progress:
+                yield progress
+        else:
+            yield self._lines(name, start)
+        self.seconds[name] = time.monotonic() - start
+        self.line(f"{name}: done in {_duration(self.seconds[name])}")
+
+    @contextmanager
+    def _bar(self, name: str) -> Iterator[Progress]:
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        with Bars(*columns, console=self._console, transient=True) as bars:
+
+            def progress(done: int, total: int) -> None:
+                task = bars.task_ids[0] if bars.task_ids else bars.add_task(name, total=total)
+                bars.update(task, completed=done, total=total)
+
+            yield progress
+
+    def _lines(self, name: str, start: float) -> Progress:
+        last = start
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < _LINE_EVERY_S or not done:
+                return
+            last = now
+            left = (now - start) / done * max(total - done, 0)
+            self.line(f"{name}: {done} of {total}, about {_duration(left)} left")
+
+        return progress
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"

@@ -1,0 +1,229 @@
+"""The bundle's reader: a directory or one ``.tar``, checked before anything parses it.
+
+What is on disk must be exactly what the manifest lists: the same paths, sizes and SHA-256, no
+link, nothing more. The manifest itself is covered by ``manifest.sha256``. Files are handed out
+as bytes that have just been hashed, so what is parsed is what was checked.
+
+This guards against damage and mix-ups. It does not prove who made the bundle: someone who can
+write to it can also write new hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from edgebert_runtime.errors import BundleError
+from edgebert_runtime.manifest import Manifest, decode_manifest
+
+__all__ = ["MANIFEST", "MANIFEST_HASH", "Bundle"]
+
+MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+_MANIFEST_LIMIT_BYTES = 16 * 1024 * 1024
+_CHUNK_BYTES = 1024 * 1024
+
+
+class _Storage(Protocol):
+    """Where a bundle's files lie: their sizes by path, and a stream over one of them."""
+
+    sizes: dict[str, int]
+
+    def open(self, path: str) -> BinaryIO: ...
+
+
+class _Directory:
+    """A bundle laid out as a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.sizes = dict(self._walk(root, ""))
+
+    def _walk(self, directory: Path, prefix: str) -> Iterator[tuple[str, int]]:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                path = prefix + entry.name
+                mode = entry.stat(follow_symlinks=False).st_mode
+                if stat.S_ISDIR(mode):
+                    yield from self._walk(Path(entry.path), path + "/")
+                elif stat.S_ISREG(mode):
+                    yield path, entry.stat(follow_symlinks=False).st_size
+                else:
+                    kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
+                    raise BundleError(f"{self._root}: {path} is {kind}; bundles hold plain files")
+
+    def open(self, path: str) -> BinaryIO:
+        # O_NOFOLLOW: a file that was swapped for a link after the walk is refused, too.
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return os.fdopen(os.open(self._root / path, flags), "rb")
+
+
+class _Tar:
+    """A bundle packed as one uncompressed tar file; nothing is unpacked to disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._members: dict[str, tarfile.TarInfo] = {}
+        with self._archive() as archive:
+            for member in archive:
+                name = member.name.removeprefix("./")
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise BundleError(f"{path}: {name} is not a plain file")
+                if name in self._members:
+                    raise BundleError(f"{path}: {name} is in the archive twice")
+                self._members[name] = member
+        self._strip_top_directory()
+        self.sizes = {name: member.size for name, member in self._members.items()}
+
+    def _strip_top_directory(self) -> None:
+        tops = {name.partition("/")[0] for name in self._members}
+        if MANIFEST not in self._members and len(tops) == 1:
+            self._members = {
+                name.partition("/")[2]: member for name, member in self._members.items()
+            }
+
+    def _archive(self) -> tarfile.TarFile:
+        try:
+            return tarfile.open(self._path, mode="r:")
+        except tarfile.TarError as exc:
+            raise BundleError(
+                f"{self._path} is neither a bundle directory nor an uncompressed .tar: {exc}"
+            ) from exc
+
+    def open(self, path: str) -> BinaryIO:
+        member = self._members[path]
+        stream = open(self._path, "rb")  # noqa: SIM115 - the caller closes it
+        stream.seek(member.offset_data)
+        return stream
+
+
+class Bundle:
+    """A bundle whose layout has been checked; files are hashed when they are read.
+
+    Attributes:
+        path: As given to ``open``.
+        manifest: The decoded manifest.
+        digest: SHA-256 of ``manifest.json``; it names this bundle and every byte in it.
+    """
+
+    def __init__(self, path: Path, storage: _Storage, manifest: Manifest, digest: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.digest = digest
+        self._storage = storage
+        self._entries = {entry.path: entry for entry in manifest.files}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Opens a bundle and checks its manifest, its list of files and their sizes.
+
+        Raises:
+            BundleError: There is no bundle, or it is not exactly what its manifest says.
+        """
+        root = Path(path)
+        storage: _Storage
+        try:
+            if root.is_dir():
+                storage = _Directory(root)
+            elif root.is_file():
+                storage = _Tar(root)
+            elif root.exists():
+                raise BundleError(f"{root} is neither a directory nor a file")
+            else:
+                raise BundleError(f"{root}: there is no bundle there")
+            manifest, digest = _read_manifest(root, storage)
+        except (OSError, tarfile.TarError) as exc:
+            raise BundleError(f"{root} cannot be read: {exc}") from exc
+        bundle = cls(root, storage, manifest, digest)
+        bundle._check_listing()
+        return bundle
+
+    def _check_listing(self) -> None:
+        found = self._storage.sizes
+        for entry in self.manifest.files:
+            if entry.path not in found:
+                raise BundleError(f"{self.path}: {entry.path} is missing; copy the bundle again")
+            if found[entry.path] != entry.size_bytes:
+                raise BundleError(
+                    f"{self.path}: {entry.path} has {found[entry.path]} bytes where the manifest "
+                    f"says {entry.size_bytes}; copy the bundle again"
+                )
+        extra = sorted(found.keys() - self._entries.keys() - {MANIFEST, MANIFEST_HASH})
+        if extra:
+            raise BundleError(
+                f"{self.path}: {extra[0]} is not listed in the manifest; remove it, or keep "
+                "your own files outside the bundle"
+            )
+
+    def read(self, path: str) -> bytes:
+        """Returns the bytes of one listed file, after checking their hash.
+
+        Raises:
+            BundleError: The file is not listed, cannot be read, or has other bytes.
+        """
+        entry = self._entries.get(path)
+        if entry is None:
+            raise BundleError(f"{self.path}: {path} is not listed in the manifest")
+        try:
+            with self._storage.open(path) as stream:
+                data = stream.read(entry.size_bytes)
+        except OSError as exc:
+            raise BundleError(f"{self.path}: {path} cannot be read: {exc}") from exc
+        self._check_hash(path, hashlib.sha256(data).hexdigest())
+        return data
+
+    def verify(self, *, skip: tuple[str, ...] = ()) -> None:
+        """Hashes every listed file but those in ``skip`` (which ``read`` has checked already).
+
+        Raises:
+            BundleError: A file has other bytes than the manifest says.
+        """
+        for entry in self.manifest.files:
+            if entry.path in skip:
+                continue
+            digest = hashlib.sha256()
+            left = entry.size_bytes
+            try:
+                with self._storage.open(entry.path) as stream:
+                    while left and (chunk := stream.read(min(_CHUNK_BYTES, left))):
+                        digest.update(chunk)
+                        left -= len(chunk)
+            except OSError as exc:
+                raise BundleError(f"{self.path}: {entry.path} cannot be read: {exc}") from exc
+            self._check_hash(entry.path, digest.hexdigest())
+
+    def _check_hash(self, path: str, found: str) -> None:
+        expected = self._entries[path].sha256
+        if found != expected:
+            raise BundleError(
+                f"{self.path}: {path} was altered (sha256 {found[:12]}…, the manifest says "
+                f"{expected[:12]}…); copy the bundle again"
+            )
+
+
+def _read_manifest(root: Path, storage: _Storage) -> tuple[Manifest, str]:
+    """Reads the manifest and compares it with ``manifest.sha256``, byte for byte."""
+    for name in (MANIFEST, MANIFEST_HASH):
+        if name not in storage.sizes:
+            raise BundleError(f"{root}: {name} is missing; this is not a whole bundle")
+    size = storage.sizes[MANIFEST]
+    if size > _MANIFEST_LIMIT_BYTES:
+        raise BundleError(f"{root}: {MANIFEST} has {size} bytes, more than any manifest needs")
+    with storage.open(MANIFEST) as stream:
+        data = stream.read(size)
+    with storage.open(MANIFEST_HASH) as stream:
+        recorded = stream.read(min(storage.sizes[MANIFEST_HASH], 4096))
+    digest = hashlib.sha256(data).hexdigest()
+    if recorded != f"{digest}  {MANIFEST}\n".encode():
+        raise BundleError(
+            f"{root}: {MANIFEST} does not match {MANIFEST_HASH}; the bundle was altered or is "
+            "only partly copied: copy it again"
+        )
+    return decode_manifest(data, str(root)), digest

@@ -1,0 +1,266 @@
+"""Texts in, labels out: the one object that an application holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgebert_runtime.bundle import Bundle
+from edgebert_runtime.device import Choice, choose, gather_facts
+from edgebert_runtime.encoder import Encoded, Text, TextEncoder
+from edgebert_runtime.errors import BundleError, DeviceError, InputError
+from edgebert_runtime.manifest import Task
+from edgebert_runtime.onnx_session import OnnxSession
+from edgebert_runtime.session import Session
+
+__all__ = ["Classifier", "Prediction", "Stats"]
+
+_log = logging.getLogger("edgebert")
+
+_CHUNK_TEXTS = 4096
+"""Texts that are tokenised and sorted by length at a time, so that memory stays bounded."""
+
+SessionFactory = Callable[[bytes, Choice], Session]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one text.
+
+    Attributes:
+        label: The best label; ``None`` when no label of a ``multi_label`` task applies.
+        score: Its probability (with ``None``, the highest one), between 0 and 1.
+        labels: Every label that applies, best first; exactly one in a ``single_label`` task.
+    """
+
+    label: str | None
+    score: float
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a classifier has done since it was loaded.
+
+    Attributes:
+        texts: Texts answered.
+        truncated: Of these, how many were cut to the model's ``max_length``.
+        batches: Calls of the model.
+    """
+
+    texts: int = 0
+    truncated: int = 0
+    batches: int = 0
+
+
+class Classifier:
+    """A text classifier on a device. Safe to use from several threads, and a context manager.
+
+    Most callers use ``Classifier.load``. The constructor takes the parts, so that tests and
+    applications can bring their own session.
+
+    Args:
+        session: The loaded model.
+        encoder: Turns texts into the model's inputs.
+        task: What the outputs mean.
+        batch_size: Most texts in one call of the model; at least 1.
+        choice: What was chosen to run, and why; ``None`` when the caller chose.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        encoder: TextEncoder,
+        task: Task,
+        *,
+        batch_size: int = 32,
+        choice: Choice | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        self.task = task
+        self.choice = choice
+        self._session = session
+        self._encoder = encoder
+        self.batch_size = batch_size
+        self._thresholds = np.asarray(task.thresholds or (), dtype=np.float32)
+        self._stats = Stats()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        variant: str | None = None,
+        intra_op_threads: int | None = None,
+        batch_size: int = 32,
+    ) -> Classifier:
+        """Loads a bundle, after checking every byte of it.
+
+        Args:
+            path: The bundle: a directory, or one ``.tar``.
+            device: ``auto`` (the best that works), ``cpu`` or ``cuda``.
+            variant: Name of the variant to load; the best for the device when ``None``.
+            intra_op_threads: Threads for one operator; ONNX Runtime decides when ``None``.
+            batch_size: Most texts in one call of the model.
+
+        Raises:
+            BundleError: The bundle is damaged, unsafe or unknown.
+            DeviceError: The device cannot be used. ``auto`` raises it when nothing works.
+            InputError: An argument is wrong.
+            MissingExtraError: ONNX Runtime is not installed.
+        """
+        if intra_op_threads is not None and intra_op_threads < 1:
+            raise InputError(f"intra_op_threads is {intra_op_threads}; it must be at least 1")
+
+        def start(model: bytes, choice: Choice) -> Session:
+            return OnnxSession(model, device=choice.device, intra_op_threads=intra_op_threads)
+
+        bundle = Bundle.open(path)
+        choice = choose(bundle.manifest, gather_facts(), device, variant)
+        used = [bundle.manifest.tokenizer, choice.variant.model]
+        # The rest is hashed beside the loading, which costs the start little; one damaged byte
+        # anywhere still refuses the bundle.
+        with ThreadPoolExecutor(1) as pool:
+            rest = pool.submit(bundle.verify, skip=tuple(used))
+            encoder = encoder_for(bundle)
+            session, choice = _start_session(bundle, choice, explicit=device != "auto", start=start)
+            try:
+                rest.result()
+            except BundleError:
+                session.close()
+                raise
+        return cls(session, encoder, bundle.manifest.task, batch_size=batch_size, choice=choice)
+
+    def predict(self, texts: Sequence[Text]) -> list[Prediction]:
+        """Labels ``texts``, in order.
+
+        Args:
+            texts: Strings, or pairs of strings where the task is on pairs. The empty string
+                is valid; what is longer than ``max_length`` tokens is cut and counted.
+
+        Raises:
+            InputError: A text is not what the task takes.
+            DeviceError: The backend failed, or the classifier is closed.
+        """
+        return [self._prediction(row) for row in self.scores(texts)]
+
+    def scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+        """Returns probabilities, ``float32[len(texts), labels]``, in the order of ``texts``.
+
+        Rows sum to 1 in a ``single_label`` task; each entry stands alone in ``multi_label``.
+        Raises what ``predict`` raises.
+        """
+        logits = self.logits(texts)
+        if self.task.kind == "multi_label":
+            return _sigmoid(logits)
+        return _softmax(logits)
+
+    def logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+        """Returns the model's raw outputs, ``float32[len(texts), labels]``, in order.
+
+        Raises what ``predict`` raises.
+        """
+        logits = np.empty((len(texts), len(self.task.labels)), dtype=np.float32)
+        for start in range(0, len(texts), _CHUNK_TEXTS):
+            rows = self._encoder.encode(texts[start : start + _CHUNK_TEXTS])
+            self._run_by_length(rows, logits[start : start + len(rows)])
+        return logits
+
+    def _run_by_length(self, rows: list[Encoded], logits: NDArray[np.float32]) -> None:
+        """Fills ``logits``; texts of like length share a batch, so that little is padding."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            outputs = self._session.run(self._encoder.collate([rows[index] for index in batch]))
+            logits[batch] = outputs["logits"]
+        with self._lock:
+            self._stats = Stats(
+                texts=self._stats.texts + len(rows),
+                truncated=self._stats.truncated + sum(row.truncated for row in rows),
+                batches=self._stats.batches + -(-len(rows) // self.batch_size),
+            )
+
+    def _prediction(self, scores: NDArray[np.float32]) -> Prediction:
+        labels = self.task.labels
+        best = int(scores.argmax())
+        if self.task.kind == "single_label":
+            return Prediction(labels[best], float(scores[best]), (labels[best],))
+        applying = [
+            i for i in np.argsort(-scores, kind="stable") if scores[i] >= self._thresholds[i]
+        ]
+        if not applying:
+            return Prediction(None, float(scores[best]), ())
+        best = int(applying[0])
+        return Prediction(labels[best], float(scores[best]), tuple(labels[i] for i in applying))
+
+    @property
+    def stats(self) -> Stats:
+        """What this classifier has done so far; a snapshot."""
+        return self._stats
+
+    def close(self) -> None:
+        """Frees the model. Using the classifier afterwards raises ``DeviceError``."""
+        self._session.close()
+
+    def __enter__(self) -> Classifier:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def encoder_for(bundle: Bundle) -> TextEncoder:
+    """Builds the encoder that a bundle describes. Raises ``BundleError``."""
+    manifest = bundle.manifest
+    return TextEncoder(
+        bundle.read(manifest.tokenizer),
+        input_names=[spec.name for spec in manifest.inputs],
+        max_length=manifest.max_length,
+        pad_token_id=manifest.pad_token_id,
+        text_pair=manifest.task.text_pair,
+    )
+
+
+def _start_session(
+    bundle: Bundle, choice: Choice, *, explicit: bool, start: SessionFactory
+) -> tuple[Session, Choice]:
+    """Starts what was chosen; ``auto`` falls back to the CPU, loudly, when that fails."""
+    try:
+        return start(bundle.read(choice.variant.model), choice), choice
+    except DeviceError as exc:
+        if explicit or choice.device == "cpu":
+            raise
+        fallback = choose(bundle.manifest, gather_facts(), "cpu")
+        reason = f"{choice.device}: {exc}"
+        _log.warning("falling back to the CPU, variant %s: %s", fallback.variant.name, reason)
+        fallback = Choice("cpu", fallback.variant, (*choice.passed_over, reason))
+        return start(bundle.read(fallback.variant.model), fallback), fallback
+
+
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: NDArray[np.float32] = shifted / shifted.sum(axis=-1, keepdims=True)
+    return result
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    # exp of -|x| cannot overflow, whatever the model puts out.
+    small = np.exp(-np.abs(logits))
+    result: NDArray[np.float32] = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+    return result

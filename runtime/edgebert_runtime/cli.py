@@ -1,0 +1,261 @@
+"""The commands that a device needs: ``edgebert-rt``. The full ``edgebert`` includes them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO
+
+import click
+import msgspec
+
+from edgebert_runtime.device import DEVICES, choose, gather_facts
+from edgebert_runtime.errors import EdgebertError, InputError
+
+__all__ = ["COMMANDS", "CommandGroup", "main", "reported_errors"]
+
+_STREAM_TEXTS = 256
+"""Most lines of standard input that are answered together."""
+
+_CONTROL = dict.fromkeys((*range(32), *range(127, 160)), " ")
+
+_BENCH_TEXTS = (
+    "Great.",
+    "The battery lasts two days, which is more than I need.",
+    "I returned it after a week: the screen flickers and nobody answers the phone.",
+    "The plot takes its time, and for the first half hour I wondered whether anything would "
+    "happen at all; then it does, quietly, and the last scene makes you want to start again.",
+)
+
+
+class CommandGroup(click.Group):
+    """A group whose commands end with edgebert's exit codes, one line on stderr, no traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; see ``reported_errors``."""
+        return reported_errors(super().invoke, ctx)
+
+
+def reported_errors(call: Callable[..., Any], *args: Any) -> Any:
+    """Calls ``call``; an error raised on purpose becomes one line on stderr and its exit code.
+
+    A closed output pipe (``| head``) ends quietly, as for any other filter.
+    """
+    try:
+        return call(*args)
+    except EdgebertError as exc:
+        click.echo(f"error: {exc}", err=True)
+        sys.exit(exc.exit_code)
+    except BrokenPipeError:
+        # What is left in the buffer cannot be written; keep the interpreter from trying.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _bundle_argument(command: Callable[..., None]) -> Callable[..., None]:
+    return click.argument("bundle", type=click.Path())(command)
+
+
+def _session_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--threads", type=click.IntRange(1), help="Threads for one operator."),
+        click.option("--variant", help="Variant to load instead of the device's best."),
+        click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_bundle_argument
+@click.argument("texts", nargs=-1, metavar="[TEXT]...")
+@_session_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+def predict(
+    bundle: str,
+    texts: tuple[str, ...],
+    device: str,
+    variant: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Label each TEXT, or each line of standard input when TEXT is "-" or left out.
+
+    Prints the label, its score and the text, separated by tabs; several labels are separated
+    by commas, none is "-". For a model on pairs of texts, separate the two by a tab.
+    """
+    from edgebert_runtime.classifier import Classifier
+
+    lines: Iterable[list[str]] = [list(texts)]
+    if texts in {(), ("-",)}:
+        lines = _stdin_lines(sys.stdin.buffer)
+    with Classifier.load(bundle, device=device, variant=variant, intra_op_threads=threads) as clf:
+        first = True
+        for chunk in lines:
+            inputs = [_split_pair(text) if clf.task.text_pair else text for text in chunk]
+            for text, prediction in zip(chunk, clf.predict(inputs), strict=True):
+                if as_json:
+                    row = {"text": text, **msgspec.to_builtins(prediction)}
+                    click.echo(
+                        ("[" if first else ",\n ") + msgspec.json.encode(row).decode(), nl=False
+                    )
+                else:
+                    label = ",".join(prediction.labels) or "-"
+                    click.echo(f"{label}\t{prediction.score:.4f}\t{text.translate(_CONTROL)}")
+                first = False
+            sys.stdout.flush()
+        if as_json:
+            click.echo("[]" if first else "]")
+        if clf.stats.truncated:
+            click.echo(
+                f"{clf.stats.truncated} of {clf.stats.texts} texts were cut to fit", err=True
+            )
+
+
+def _split_pair(text: str) -> tuple[str, str]:
+    first, tab, second = text.partition("\t")
+    if not tab:
+        raise InputError(f"this model takes two texts separated by a tab, got {text!r:.80}")
+    return first, second
+
+
+def _stdin_lines(stream: BinaryIO) -> Iterator[list[str]]:
+    """Yields the lines that have arrived, so that a slow pipe is answered line by line."""
+    arrived: queue.Queue[bytes | None] = queue.Queue(maxsize=4 * _STREAM_TEXTS)
+
+    def read() -> None:
+        for line in stream:
+            arrived.put(line)
+        arrived.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    number = 0
+    ended = False
+    while not ended:
+        chunk: list[str] = []
+        raw = arrived.get()
+        while raw is not None:
+            number += 1
+            try:
+                chunk.append(raw.decode("utf-8").rstrip("\r\n"))
+            except UnicodeDecodeError as exc:
+                raise InputError(f"standard input, line {number}, is not UTF-8: {exc}") from exc
+            if len(chunk) == _STREAM_TEXTS or arrived.empty():
+                break
+            raw = arrived.get()
+        ended = raw is None
+        if chunk:
+            yield chunk
+
+
+@click.command()
+@_bundle_argument
+@_session_options
+@click.option("--texts", "path", type=click.Path(), help="File with one text a line.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench(
+    bundle: str,
+    device: str,
+    variant: str | None,
+    threads: int | None,
+    path: str | None,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Time BUNDLE on this machine: latency of one text, and throughput of all of them."""
+    from edgebert_runtime.bench import measure
+    from edgebert_runtime.classifier import Classifier
+
+    lines: list[str] = []
+    if path is None:
+        lines = list(_BENCH_TEXTS) * 16
+    else:
+        try:
+            with open(path, "rb") as stream:
+                for chunk in _stdin_lines(stream):
+                    lines += chunk
+        except OSError as exc:
+            raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
+        if not lines:
+            raise InputError(f"{path} has no text; put one on each line")
+    with Classifier.load(bundle, device=device, variant=variant, intra_op_threads=threads) as clf:
+        assert clf.choice is not None
+        name = clf.choice.variant.name
+        pairs = clf.task.text_pair
+        if pairs and path is None:
+            lines = [f"{line}\t{line}" for line in lines]
+        inputs = [_split_pair(line) if pairs else line for line in lines]
+        timing = measure({name: clf}, inputs, repeats=repeats)[name]
+        if as_json:
+            row = {"variant": name, "device": clf.choice.device, **msgspec.to_builtins(timing)}
+            click.echo(msgspec.json.encode(row))
+            return
+        click.echo(
+            f"{name} on {clf.choice.device}: p50 {timing.latency_p50_ms:.2f} ms, p99 "
+            f"{timing.latency_p99_ms:.2f} ms a text (tokenising included); "
+            f"{timing.throughput_texts_per_s:.0f} texts/s in batches of {timing.batch_size}; "
+            f"{timing.texts} texts, {timing.repeats} rounds"
+        )
+
+
+@click.command()
+@_bundle_argument
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+def inspect(bundle: str, as_json: bool) -> None:
+    """Check every byte of BUNDLE and say what is in it."""
+    from edgebert_runtime.bundle import Bundle
+    from edgebert_runtime.manifest import encode_manifest
+
+    opened = Bundle.open(bundle)
+    opened.verify()
+    manifest = opened.manifest
+    if as_json:
+        click.echo(encode_manifest(manifest), nl=False)
+        return
+    sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+    kind = manifest.task.kind.replace("_", " ") + (", pairs" if manifest.task.text_pair else "")
+    click.echo(f"{manifest.name}: {kind}; up to {manifest.max_length} tokens")
+    click.echo(f"labels: {', '.join(manifest.task.labels)}")
+    for item in manifest.variants:
+        devices = ", ".join(item.devices)
+        click.echo(f"{item.name}: {sizes[item.model] / 1e6:.1f} MB, {item.precision}, on {devices}")
+    click.echo(f"digest: {opened.digest} (every file checked)")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def doctor(bundle: str | None, as_json: bool) -> None:
+    """Say what this machine offers and, for a BUNDLE, what would run here and why."""
+    from edgebert_runtime.bundle import Bundle
+
+    facts = gather_facts()
+    choice = None if bundle is None else choose(Bundle.open(bundle).manifest, facts)
+    if as_json:
+        click.echo(msgspec.json.encode({"facts": facts, "choice": choice}))
+        return
+    click.echo(f"machine: {facts.machine}, {facts.cpu_count} processors")
+    click.echo(f"ONNX Runtime: {', '.join(facts.onnxruntime)}; {', '.join(facts.providers)}")
+    if choice is not None:
+        click.echo(f"would run: {choice.variant.name} on {choice.device}")
+        for reason in choice.passed_over:
+            click.echo(f"passed over: {reason}")
+
+
+COMMANDS: tuple[click.Command, ...] = (predict, bench, inspect, doctor)
+
+
+@click.group(cls=CommandGroup)
+@click.version_option(package_name="edgebert-runtime")
+def main() -> None:
+    """Run edgebert bundles on this device."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+
+for _command in COMMANDS:
+    main.add_command(_command)

@@ -1,0 +1,114 @@
+"""Which variant runs where, decided from facts by a pure function that gives its reasons."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+from edgebert_runtime.errors import DeviceError, InputError
+from edgebert_runtime.manifest import Manifest, Variant
+
+__all__ = [
+    "DEVICES",
+    "Choice",
+    "DeviceFacts",
+    "choose",
+    "gather_facts",
+    "onnxruntime_distributions",
+]
+
+DeviceName = Literal["cpu", "cuda"]
+DEVICES = ("auto", "cpu", "cuda")
+_BEST_FIRST: tuple[DeviceName, ...] = ("cuda", "cpu")
+_WHEELS = ("onnxruntime", "onnxruntime-gpu")
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What this machine offers; the only input to ``choose`` besides the bundle.
+
+    Attributes:
+        machine: Processor architecture, for instance ``x86_64``.
+        cpu_count: Logical processors this process may use.
+        onnxruntime: Installed ONNX Runtime distributions, ``name version`` each.
+        providers: ONNX Runtime's execution providers.
+    """
+
+    machine: str
+    cpu_count: int
+    onnxruntime: tuple[str, ...]
+    providers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``choose`` decided.
+
+    Attributes:
+        device: Where the model runs.
+        variant: Which model runs.
+        passed_over: One line for each better choice, saying why it was not taken.
+    """
+
+    device: DeviceName
+    variant: Variant
+    passed_over: tuple[str, ...]
+
+
+def onnxruntime_distributions() -> tuple[str, ...]:
+    """Returns which of ONNX Runtime's wheels, which overwrite each other, are installed."""
+    found = []
+    for name in _WHEELS:
+        try:
+            metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        found.append(name)
+    return tuple(found)
+
+
+def gather_facts() -> DeviceFacts:
+    """Looks at this machine. Raises what importing ONNX Runtime raises."""
+    from edgebert_runtime.onnx_session import import_onnxruntime
+
+    ort = import_onnxruntime()
+    return DeviceFacts(
+        machine=platform.machine(),
+        cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        onnxruntime=tuple(
+            f"{name} {metadata.version(name)}" for name in onnxruntime_distributions()
+        ),
+        providers=tuple(ort.get_available_providers()),
+    )
+
+
+def choose(
+    manifest: Manifest, facts: DeviceFacts, device: str = "auto", variant: str | None = None
+) -> Choice:
+    """Chooses a device and a variant.
+
+    ``auto`` takes the best device that the machine offers and the bundle has a variant for; an
+    explicit device is taken or refused, never replaced.
+
+    Raises:
+        InputError: ``device`` is not one of ``DEVICES``.
+        BundleError: The bundle has no variant of that name.
+        DeviceError: Nothing fits.
+    """
+    if device not in DEVICES:
+        raise InputError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+    candidates = manifest.variants if variant is None else (manifest.variant(variant),)
+    passed_over: list[str] = []
+    for name in _BEST_FIRST if device == "auto" else [n for n in _BEST_FIRST if n == device]:
+        fitting = next((c for c in candidates if name in c.devices), None)
+        if fitting is None:
+            passed_over.append(f"{name}: the bundle has no variant for it")
+        elif name == "cuda" and "CUDAExecutionProvider" not in facts.providers:
+            wheels = ", ".join(facts.onnxruntime) or "ONNX Runtime"
+            passed_over.append(f"cuda: {wheels} has no CUDAExecutionProvider")
+        else:
+            return Choice(device=name, variant=fitting, passed_over=tuple(passed_over))
+    raise DeviceError("no way to run this bundle here: " + "; ".join(passed_over))

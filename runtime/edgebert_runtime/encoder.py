@@ -1,0 +1,122 @@
+"""Texts to token tensors: tokenising, cutting to length, padding to the longest in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from edgebert_runtime.errors import BundleError, InputError
+
+__all__ = ["Encoded", "Text", "TextEncoder"]
+
+Text = str | tuple[str, str]
+"""One input: a text, or a pair of texts where the task is on pairs."""
+
+_CHECKED_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised text.
+
+    Attributes:
+        ids: Token ids, special tokens included.
+        type_ids: 0 for the first text's tokens and 1 for the second's.
+        truncated: Whether the text was cut to fit ``max_length``.
+    """
+
+    ids: Sequence[int]
+    type_ids: Sequence[int]
+    truncated: bool
+
+
+class TextEncoder:
+    """Tokenises texts and pads them into the model's inputs. Safe to use from several threads.
+
+    Args:
+        tokenizer_json: A ``tokenizers`` JSON file's bytes.
+        input_names: The model's inputs.
+        max_length: Longest row in tokens; a pair is cut at its longer text first.
+        pad_token_id: What fills short rows.
+        text_pair: Whether each input is a pair.
+
+    Raises:
+        BundleError: The bytes are not a tokenizer, or the model has an input that text cannot
+            fill.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        *,
+        input_names: Sequence[str],
+        max_length: int,
+        pad_token_id: int,
+        text_pair: bool,
+    ) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        except Exception as exc:  # tokenizers raises bare Exception
+            raise BundleError(f"the tokenizer cannot be read: {exc}") from exc
+        unknown = set(input_names) - _CHECKED_INPUTS
+        if unknown:
+            raise BundleError(f"the model wants inputs that text cannot fill: {sorted(unknown)}")
+        # Set once, here: changing a tokenizer while other threads encode is not safe.
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length, strategy="longest_first")
+        self._input_names = tuple(input_names)
+        self._pad_token_id = pad_token_id
+        self._text_pair = text_pair
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+        """Tokenises ``texts``, in order.
+
+        Raises:
+            InputError: A text is not a string (or a pair where pairs are wanted), or is not
+                valid Unicode.
+        """
+        self._check(texts)
+        try:
+            encodings = self._tokenizer.encode_batch(list(texts))
+        except (TypeError, UnicodeEncodeError) as exc:
+            raise InputError(f"a text is not valid Unicode: {exc}") from exc
+        return [Encoded(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]
+
+    def _check(self, texts: Sequence[Text]) -> None:
+        if isinstance(texts, str):
+            raise InputError("give a list of texts, not one string: [text]")
+        for index, text in enumerate(texts):
+            parts = text if isinstance(text, tuple) else (text,)
+            if len(parts) != (2 if self._text_pair else 1) or isinstance(text, str) == (
+                self._text_pair
+            ):
+                wanted = "a pair (first, second)" if self._text_pair else "one string"
+                raise InputError(f"text {index}: this model takes {wanted}, got {text!r:.80}")
+            for part in parts:
+                if not isinstance(part, str):
+                    raise InputError(f"text {index} is {type(part).__name__}, not a string")
+                try:
+                    part.encode()
+                except UnicodeEncodeError as exc:
+                    raise InputError(f"text {index} is not valid Unicode: {exc}") from exc
+
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, NDArray[np.int64]]:
+        """Pads ``rows`` to the longest of them: ``int64[batch, seq]`` for each model input."""
+        shape = (len(rows), max(len(row.ids) for row in rows))
+        inputs = {name: np.zeros(shape, dtype=np.int64) for name in self._input_names}
+        if self._pad_token_id:
+            inputs["input_ids"].fill(self._pad_token_id)
+        for index, row in enumerate(rows):
+            length = len(row.ids)
+            for name, array in inputs.items():
+                if name == "input_ids":
+                    array[index, :length] = row.ids
+                elif name == "attention_mask":
+                    array[index, :length] = 1
+                else:
+                    array[index, :length] = row.type_ids
+        return inputs

@@ -1,0 +1,235 @@
+"""The bundle's schema: ``manifest.json`` as typed, strict, frozen structs.
+
+The export side writes these structs, the runtime reads them, and ``docs/bundle.md`` describes
+them for readers in other languages. Unknown keys are refused: a reader that skips what it does
+not understand would serve wrong answers quietly.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+from edgebert_runtime.errors import BundleError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "FileEntry",
+    "Manifest",
+    "Provenance",
+    "Task",
+    "TensorSpec",
+    "Variant",
+    "check_relative_path",
+    "decode_manifest",
+    "encode_manifest",
+]
+
+FORMAT_VERSION = 1
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every part of the manifest has in common: immutable, named fields, no others."""
+
+
+class Task(_Strict, frozen=True, kw_only=True):
+    """What the model answers.
+
+    Attributes:
+        kind: ``single_label`` (softmax, exactly one label) or ``multi_label`` (a sigmoid each).
+        labels: Label names, in the order of the output's columns.
+        text_pair: Whether an input is a pair of texts instead of one.
+        thresholds: ``multi_label`` only: a label applies from this score on; one per label.
+    """
+
+    kind: Literal["single_label", "multi_label"]
+    labels: tuple[str, ...]
+    text_pair: bool
+    thresholds: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        fewest = 2 if self.kind == "single_label" else 1
+        if len(self.labels) < fewest:
+            raise ValueError(f"a {self.kind} task needs at least {fewest} labels")
+        if len(set(self.labels)) != len(self.labels) or not all(self.labels):
+            raise ValueError("labels must be distinct and not empty")
+        if self.kind == "single_label":
+            if self.thresholds is not None:
+                raise ValueError("a single_label task has no thresholds")
+        elif self.thresholds is None or len(self.thresholds) != len(self.labels):
+            raise ValueError("a multi_label task needs one threshold per label")
+        elif not all(0.0 <= threshold <= 1.0 for threshold in self.thresholds):
+            raise ValueError("thresholds lie between 0 and 1")
+
+
+class TensorSpec(_Strict, frozen=True, kw_only=True):
+    """One input or output of the model; ``shape`` mixes names (free) and numbers (fixed)."""
+
+    name: str
+    dtype: Literal["int64", "float32"]
+    shape: tuple[str | int, ...]
+
+
+class Variant(_Strict, frozen=True, kw_only=True):
+    """One model file in the bundle and where it is meant to run.
+
+    Attributes:
+        name: Unique in the bundle, for instance ``int8-cpu``.
+        model: Path of the ONNX file in the bundle.
+        precision: Of the weights of the linear layers.
+        devices: Where it may run. A device takes the first variant in the manifest that
+            names it, so the order of the variants is the order of preference.
+    """
+
+    name: str
+    model: str
+    precision: Literal["fp32", "int8"]
+    devices: tuple[Literal["cpu", "cuda"], ...]
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"variant name {self.name!r} is not of letters, digits, '.', '_', '-'")
+        if not self.devices:
+            raise ValueError(f"variant {self.name!r} names no device")
+
+
+class FileEntry(_Strict, frozen=True, kw_only=True):
+    """One file of the bundle: its POSIX path, its size and the SHA-256 of its bytes."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        check_relative_path(self.path)
+        if self.size_bytes < 0:
+            raise ValueError(f"{self.path}: size_bytes is negative")
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"{self.path}: sha256 is not 64 lower-case hexadecimal digits")
+
+
+class Provenance(_Strict, frozen=True, kw_only=True):
+    """Where the bundle comes from; nothing here changes what the runtime does.
+
+    Attributes:
+        edgebert: Version of edgebert that wrote the bundle.
+        recipe_sha256: Of the recipe after defaults were filled in.
+        model_sha256: Of the checkpoint that the export started from.
+        data_sha256: Of all labelled rows, in order, with the split each belongs to.
+        seed: Seed of fine-tuning; ``None`` when nothing was trained.
+        versions: Versions of the libraries that shaped the result.
+    """
+
+    edgebert: str
+    recipe_sha256: str
+    model_sha256: str
+    data_sha256: str
+    seed: int | None
+    versions: dict[str, str]
+
+
+class Manifest(_Strict, frozen=True, kw_only=True):
+    """The whole of ``manifest.json``.
+
+    Attributes:
+        format_version: ``FORMAT_VERSION``; read before anything else.
+        name: What the recipe calls the model.
+        task: What the model answers.
+        tokenizer: Path of the ``tokenizers`` JSON file in the bundle.
+        max_length: Longest input in tokens, special tokens included; longer text is cut.
+        pad_token_id: What fills short rows of ``input_ids``; their ``attention_mask`` is 0.
+        inputs: The model's inputs, each ``int64[batch, seq]``.
+        outputs: The model's outputs; ``logits`` is ``float32[batch, labels]``.
+        variants: In order of preference.
+        files: Every file of the bundle but the manifest and its hash.
+        provenance: Where the bundle comes from.
+    """
+
+    format_version: int
+    name: str
+    task: Task
+    tokenizer: str
+    max_length: int
+    pad_token_id: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    variants: tuple[Variant, ...]
+    files: tuple[FileEntry, ...]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        paths = [entry.path for entry in self.files]
+        if len(set(paths)) != len(paths):
+            raise ValueError("a file is listed twice")
+        for needed in (self.tokenizer, *(variant.model for variant in self.variants)):
+            if needed not in paths:
+                raise ValueError(f"{needed} is used but not listed under files")
+        names = [variant.name for variant in self.variants]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("variants must be at least one, with distinct names")
+        if self.max_length < 3:
+            raise ValueError("max_length leaves no room for text")
+        if "logits" not in [output.name for output in self.outputs]:
+            raise ValueError("outputs lack logits")
+        if "input_ids" not in [spec.name for spec in self.inputs]:
+            raise ValueError("inputs lack input_ids")
+
+    def variant(self, name: str) -> Variant:
+        """Returns the variant called ``name``.
+
+        Raises:
+            BundleError: The bundle has no variant of that name.
+        """
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        known = ", ".join(variant.name for variant in self.variants)
+        raise BundleError(f"the bundle has no variant {name!r}; it has: {known}")
+
+
+def check_relative_path(path: str) -> None:
+    """Checks that ``path`` is a plain relative POSIX path that stays in its directory.
+
+    Raises:
+        ValueError: It is absolute, climbs out, or has a part other than letters, digits,
+            dots, underscores and hyphens.
+    """
+    if not all(_PATH_PART.fullmatch(part) for part in path.split("/")):
+        raise ValueError(f"path {path!r} is not a plain path inside the bundle")
+
+
+def decode_manifest(data: bytes, source: str) -> Manifest:
+    """Reads ``manifest.json``; ``source`` names the bundle in messages.
+
+    Raises:
+        BundleError: Not JSON, an unknown ``format_version``, an unknown or missing key, or a
+            value that contradicts another.
+    """
+
+    class Version(msgspec.Struct):
+        format_version: int
+
+    try:
+        version = msgspec.json.decode(data, type=Version).format_version
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise BundleError(f"{source}: manifest.json is not a bundle's manifest: {exc}") from exc
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{source}: format_version {version} is unknown; this edgebert reads version "
+            f"{FORMAT_VERSION}. Use the edgebert-runtime that belongs to the bundle."
+        )
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise BundleError(f"{source}: manifest.json: {exc}") from exc
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Writes ``manifest`` as UTF-8 JSON, indented, with a newline at its end."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"

@@ -1,0 +1,126 @@
+"""The session over ONNX Runtime, on a CPU or on a CUDA GPU."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Literal
+
+import numpy as np
+
+from edgebert_runtime.device import onnxruntime_distributions
+from edgebert_runtime.errors import BundleError, DeviceError, InputError, MissingExtraError
+from edgebert_runtime.session import Inputs, Outputs
+
+__all__ = ["OnnxSession", "import_onnxruntime"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def import_onnxruntime() -> Any:
+    """Imports ONNX Runtime.
+
+    Raises:
+        MissingExtraError: It is not installed, or both of its wheels are: they overwrite each
+            other's files, so that what loads depends on the order of installation
+            (microsoft/onnxruntime#26996).
+    """
+    found = onnxruntime_distributions()
+    if len(found) > 1:
+        raise MissingExtraError(
+            f"{' and '.join(found)} are both installed and overwrite each other's files. "
+            f"Mend it with: pip uninstall -y {' '.join(found)} && pip install {found[0]}"
+        )
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise MissingExtraError(
+            "ONNX Runtime is not installed. Install it with: pip install 'edgebert-runtime[cpu]' "
+            "(or [gpu] for CUDA)"
+        ) from exc
+    return onnxruntime
+
+
+class OnnxSession:
+    """Runs one ONNX model. Implements the ``Session`` protocol.
+
+    Args:
+        model: The ONNX file's bytes.
+        device: Where to run; the session never falls back to another device.
+        intra_op_threads: Threads for one operator; ``None`` leaves it to ONNX Runtime (one per
+            physical core).
+
+    Raises:
+        MissingExtraError: ONNX Runtime is not installed.
+        DeviceError: The device cannot be used.
+        BundleError: The bytes are not a model that ONNX Runtime can load.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        device: Literal["cpu", "cuda"] = "cpu",
+        intra_op_threads: int | None = None,
+    ) -> None:
+        ort = import_onnxruntime()
+        provider = _PROVIDERS[device]
+        if provider not in ort.get_available_providers():
+            raise DeviceError(
+                f"this ONNX Runtime ({ort.__version__}) has no {provider}; for a GPU install "
+                "edgebert-runtime[gpu] instead of [cpu]"
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors only; they reach the caller as exceptions
+        if intra_op_threads is not None:
+            options.intra_op_num_threads = intra_op_threads
+        try:
+            session = ort.InferenceSession(model, options, providers=[provider])
+        except Exception as exc:
+            if device == "cpu":
+                raise BundleError(f"ONNX Runtime cannot load the model: {exc}") from exc
+            raise DeviceError(f"ONNX Runtime cannot start on {device}: {exc}") from exc
+        # ONNX Runtime falls back to the CPU with a warning only; an explicit device must not.
+        if provider not in session.get_providers():
+            raise DeviceError(
+                f"ONNX Runtime was asked for {provider} and loaded "
+                f"{', '.join(session.get_providers())}; check the driver and the CUDA libraries"
+            )
+        self._inputs = {spec.name: len(spec.shape) for spec in session.get_inputs()}
+        self._outputs = [spec.name for spec in session.get_outputs()]
+        self._session: Any = session
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Computes one batch; see ``Session.run``."""
+        session = self._session
+        if session is None:
+            raise DeviceError("the session is closed")
+        check_inputs(inputs, self._inputs)
+        try:
+            outputs = session.run(self._outputs, dict(inputs))
+        except Exception as exc:
+            raise DeviceError(f"ONNX Runtime failed on a batch: {exc}") from exc
+        return dict(zip(self._outputs, outputs, strict=True))
+
+    def close(self) -> None:
+        """Frees the model; see ``Session.close``."""
+        with self._lock:
+            self._session = None
+
+
+def check_inputs(inputs: Inputs, ranks: dict[str, int]) -> None:
+    """Checks names, types and shapes of one batch against the model's inputs.
+
+    Raises:
+        InputError: Something is missing, left over, of another type, or of another shape.
+    """
+    if inputs.keys() != ranks.keys():
+        raise InputError(f"the model takes {sorted(ranks)}, it was given {sorted(inputs)}")
+    shapes = {array.shape for array in inputs.values()}
+    if len(shapes) != 1:
+        raise InputError(f"inputs differ in shape: {sorted(shapes)}")
+    for name, array in inputs.items():
+        if array.dtype != np.int64 or array.ndim != ranks[name] or 0 in array.shape:
+            raise InputError(
+                f"{name} must be int64[batch, seq] and not empty, got {array.dtype}{array.shape}"
+            )

@@ -1,0 +1,153 @@
+"""What all tests share: tiny real models made on the spot, and the project's own sentences."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgebert_export.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from edgebert_export.to_onnx import ExportConfig, to_onnx
+from edgebert_export.write_bundle import VariantSource, write_bundle
+from edgebert_runtime.manifest import Provenance, Task
+
+ROOT = Path(__file__).parent.parent
+CALIBRATION = ROOT / "calibration_data"
+
+# The tests are about what the CPU does; a GPU that happens to be there must not change them.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+TASKS = {
+    "single": Task(kind="single_label", labels=("negative", "positive"), text_pair=False),
+    "multi": Task(
+        kind="multi_label",
+        labels=("food", "travel", "technology"),
+        text_pair=False,
+        thresholds=(0.5, 0.5, 0.5),
+    ),
+    "pairs": Task(
+        kind="single_label", labels=("entails", "contradicts", "neutral"), text_pair=True
+    ),
+}
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    lines = (CALIBRATION / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[dict[str, Any]]:
+    """Rows of ``calibration_data/sentences.jsonl``."""
+    return _read("sentences.jsonl")
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[dict[str, Any]]:
+    """Rows of ``calibration_data/pairs.jsonl``."""
+    return _read("pairs.jsonl")
+
+
+@pytest.fixture(scope="session")
+def texts_for(sentences: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Real texts for each of ``TASKS``, by its name."""
+    single = [row["text"] for row in sentences]
+    return {
+        "single": single,
+        "multi": single,
+        "pairs": [(row["premise"], row["hypothesis"]) for row in pairs],
+    }
+
+
+def make_checkpoint(
+    path: Path,
+    texts: list[str],
+    task: Task | None,
+    *,
+    layers: int = 2,
+    hidden: int = 32,
+    seed: int = 0,
+) -> Checkpoint:
+    """Writes a tiny BERT with random weights: an encoder, or a classifier for ``task``."""
+    import torch
+    from tokenizers.implementations import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator(texts, vocab_size=800, show_progress=False)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=trainer.get_vocab_size(),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=128,
+        initializer_range=0.5,  # wide, so that different texts get clearly different outputs
+    )
+    if task is None:
+        model = BertModel(config)
+    else:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: index for index, label in enumerate(task.labels)}
+        config.problem_type = f"{task.kind}_classification"
+        model = BertForSequenceClassification(config)
+    # The tokenizer template is added by the post-processor that ``from_str`` keeps.
+    from tokenizers import Tokenizer
+    from tokenizers.processors import BertProcessing
+
+    tokenizer = Tokenizer.from_str(trainer.to_str())
+    tokenizer.post_processor = BertProcessing(
+        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
+    )
+    return save_checkpoint(model.eval(), tokenizer, path)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, sentences: list[dict[str, Any]]) -> Path:
+    """Directory of a tiny BERT without a head."""
+    path = tmp_path_factory.mktemp("encoder")
+    return make_checkpoint(path, [row["text"] for row in sentences], None).path
+
+
+@pytest.fixture(scope="session")
+def tiny_classifiers(
+    tmp_path_factory: pytest.TempPathFactory, sentences: list[dict[str, Any]]
+) -> dict[str, Checkpoint]:
+    """A tiny classifier for each of ``TASKS``, by its name."""
+    texts = [row["text"] for row in sentences]
+    root = tmp_path_factory.mktemp("classifiers")
+    return {name: make_checkpoint(root / name, texts, task) for name, task in TASKS.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(
+    tmp_path_factory: pytest.TempPathFactory, tiny_classifiers: dict[str, Checkpoint]
+) -> dict[str, Path]:
+    """A bundle with an ``fp32`` variant for each of ``TASKS``; treat it as read-only."""
+    root = tmp_path_factory.mktemp("bundles")
+    provenance = Provenance(
+        edgebert="0.1.0",
+        recipe_sha256="0" * 64,
+        model_sha256="0" * 64,
+        data_sha256="0" * 64,
+        seed=None,
+        versions={},
+    )
+    found = {}
+    for name, checkpoint in tiny_classifiers.items():
+        model = to_onnx(checkpoint, TASKS[name], ExportConfig(max_length=64), root / f"{name}.onnx")
+        bundle = write_bundle(
+            root / name,
+            name=f"tiny-{name}",
+            task=TASKS[name],
+            checkpoint=checkpoint,
+            max_length=64,
+            variants={"fp32": VariantSource(model, ("cpu", "cuda"))},
+            provenance=provenance,
+        )
+        found[name] = bundle.path
+    return found
