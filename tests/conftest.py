@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgebert_export.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from edgebert_export.checkpoint import Checkpoint, save_checkpoint
 from edgebert_export.to_onnx import ExportConfig, to_onnx
 from edgebert_export.write_bundle import VariantSource, write_bundle
 from edgebert_runtime.manifest import Provenance, Task
@@ -19,6 +21,8 @@ CALIBRATION = ROOT / "calibration_data"
 
 # The tests are about what the CPU does; a GPU that happens to be there must not change them.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# One thread is fastest for models this tiny, here and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 TASKS = {
     "single": Task(kind="single_label", labels=("negative", "positive"), text_pair=False),
@@ -73,14 +77,22 @@ def make_checkpoint(
 ) -> Checkpoint:
     """Writes a tiny BERT with random weights: an encoder, or a classifier for ``task``."""
     import torch
+    from tokenizers import Tokenizer
     from tokenizers.implementations import BertWordPieceTokenizer
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train_from_iterator(texts, vocab_size=800, show_progress=False)
+    # Not trained: the trainer of ``tokenizers`` gives another vocabulary each time.
+    words = Counter(re.findall(r"\w+", " ".join(texts).lower()))
+    frequent = sorted(words, key=lambda word: (-words[word], word))[:500]
+    characters = sorted({character for text in texts for character in text.lower()} - {" "})
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
+    tokens += [f"##{character}" for character in characters]
+    tokens += [word for word in frequent if len(word) > 1]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer.from_str(BertWordPieceTokenizer(vocab, lowercase=True).to_str())
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=trainer.get_vocab_size(),
+        vocab_size=tokenizer.get_vocab_size(),
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -95,14 +107,6 @@ def make_checkpoint(
         config.label2id = {label: index for index, label in enumerate(task.labels)}
         config.problem_type = f"{task.kind}_classification"
         model = BertForSequenceClassification(config)
-    # The tokenizer template is added by the post-processor that ``from_str`` keeps.
-    from tokenizers import Tokenizer
-    from tokenizers.processors import BertProcessing
-
-    tokenizer = Tokenizer.from_str(trainer.to_str())
-    tokenizer.post_processor = BertProcessing(
-        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
-    )
     return save_checkpoint(model.eval(), tokenizer, path)
 
 

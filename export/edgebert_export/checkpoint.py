@@ -363,7 +363,7 @@ def _why_no_match(checkpoint: Checkpoint, task: Task) -> str:
         have = f"a {kind} head for {len(checkpoint.labels)} labels ({', '.join(checkpoint.labels)})"
     return (
         f"{checkpoint.path} has {have}; the task is {task.kind} with {len(task.labels)} labels "
-        f"({', '.join(task.labels)})"
+        f'({", ".join(task.labels)}). To train a new head, set finetune.mode = "always"'
     )
 
 

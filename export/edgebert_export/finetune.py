@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -180,7 +181,10 @@ def finetune(
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    with warnings.catch_warnings():
+        # It warns that checkpoints of the same second are ordered by their number, as they should.
+        warnings.filterwarnings("ignore", message="mtime may not be reliable")
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
     trained = trainer.model
     assert trained is not None
     scores = {

@@ -317,8 +317,9 @@ class Recipe(_Section, frozen=True, kw_only=True):
             self.data.as_task(thresholds)
 
     def sha256(self) -> str:
-        """Hash of the recipe with its defaults filled in."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+        """Hash of what shapes the bundle: all but evaluation and gate, defaults filled in."""
+        shaping = msgspec.structs.replace(self, evaluate=EvaluateConfig(), gate=GateConfig())
+        return hashlib.sha256(msgspec.json.encode(shaping)).hexdigest()
 
 
 def load_recipe(path: Path) -> Recipe:

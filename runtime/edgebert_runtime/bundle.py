@@ -84,7 +84,7 @@ class _Tar:
 
     def _strip_top_directory(self) -> None:
         tops = {name.partition("/")[0] for name in self._members}
-        if MANIFEST not in self._members and len(tops) == 1:
+        if MANIFEST not in self._members and len(tops) == 1 and not tops & {"", ".", ".."}:
             self._members = {
                 name.partition("/")[2]: member for name, member in self._members.items()
             }

@@ -28,8 +28,6 @@ _log = logging.getLogger("edgebert")
 _CHUNK_TEXTS = 4096
 """Texts that are tokenised and sorted by length at a time, so that memory stays bounded."""
 
-SessionFactory = Callable[[bytes, Choice], Session]
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -84,8 +82,7 @@ class Classifier:
         batch_size: int = 32,
         choice: Choice | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        _check_batch_size(batch_size)
         self.task = task
         self.choice = choice
         self._session = session
@@ -122,11 +119,21 @@ class Classifier:
         """
         if intra_op_threads is not None and intra_op_threads < 1:
             raise InputError(f"intra_op_threads is {intra_op_threads}; it must be at least 1")
-
-        def start(model: bytes, choice: Choice) -> Session:
-            return OnnxSession(model, device=choice.device, intra_op_threads=intra_op_threads)
-
+        _check_batch_size(batch_size)
         bundle = Bundle.open(path)
+
+        def start(choice: Choice) -> Session:
+            session = OnnxSession(
+                bundle.read(choice.variant.model),
+                device=choice.device,
+                intra_op_threads=intra_op_threads,
+            )
+            _check_belongs(session, bundle)
+            return session
+
+        def on_cpu() -> Choice:
+            return choose(bundle.manifest, gather_facts(), "cpu", variant)
+
         choice = choose(bundle.manifest, gather_facts(), device, variant)
         used = [bundle.manifest.tokenizer, choice.variant.model]
         # The rest is hashed beside the loading, which costs the start little; one damaged byte
@@ -134,7 +141,7 @@ class Classifier:
         with ThreadPoolExecutor(1) as pool:
             rest = pool.submit(bundle.verify, skip=tuple(used))
             encoder = encoder_for(bundle)
-            session, choice = _start_session(bundle, choice, explicit=device != "auto", start=start)
+            session, choice = _start_session(choice, start, on_cpu if device == "auto" else None)
             try:
                 rest.result()
             except BundleError:
@@ -171,9 +178,11 @@ class Classifier:
 
         Raises what ``predict`` raises.
         """
+        if isinstance(texts, str):
+            raise InputError("give a list of texts, not one string: [text]")
         logits = np.empty((len(texts), len(self.task.labels)), dtype=np.float32)
         for start in range(0, len(texts), _CHUNK_TEXTS):
-            rows = self._encoder.encode(texts[start : start + _CHUNK_TEXTS])
+            rows = self._encoder.encode(texts[start : start + _CHUNK_TEXTS], first_index=start)
             self._run_by_length(rows, logits[start : start + len(rows)])
         return logits
 
@@ -183,7 +192,13 @@ class Classifier:
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             outputs = self._session.run(self._encoder.collate([rows[index] for index in batch]))
-            logits[batch] = outputs["logits"]
+            found = outputs["logits"]
+            if found.shape != (len(batch), logits.shape[1]):  # numpy would broadcast one column
+                raise BundleError(
+                    f"the model gave logits of shape {found.shape} for {len(batch)} texts and "
+                    f"{logits.shape[1]} labels; model and manifest do not belong together"
+                )
+            logits[batch] = found
         with self._lock:
             self._stats = Stats(
                 texts=self._stats.texts + len(rows),
@@ -238,19 +253,35 @@ def encoder_for(bundle: Bundle) -> TextEncoder:
 
 
 def _start_session(
-    bundle: Bundle, choice: Choice, *, explicit: bool, start: SessionFactory
+    choice: Choice, start: Callable[[Choice], Session], fallback: Callable[[], Choice] | None
 ) -> tuple[Session, Choice]:
-    """Starts what was chosen; ``auto`` falls back to the CPU, loudly, when that fails."""
+    """Starts what was chosen; if that fails and there is a fallback, takes it, loudly."""
     try:
-        return start(bundle.read(choice.variant.model), choice), choice
+        return start(choice), choice
     except DeviceError as exc:
-        if explicit or choice.device == "cpu":
+        if fallback is None or choice.device == "cpu":
             raise
-        fallback = choose(bundle.manifest, gather_facts(), "cpu")
         reason = f"{choice.device}: {exc}"
-        _log.warning("falling back to the CPU, variant %s: %s", fallback.variant.name, reason)
-        fallback = Choice("cpu", fallback.variant, (*choice.passed_over, reason))
-        return start(bundle.read(fallback.variant.model), fallback), fallback
+        second = fallback()
+        _log.warning("falling back to the CPU, variant %s: %s", second.variant.name, reason)
+        second = Choice("cpu", second.variant, (*choice.passed_over, reason))
+        return start(second), second
+
+
+def _check_belongs(session: OnnxSession, bundle: Bundle) -> None:
+    """Checks that a model takes what the manifest says. Raises ``BundleError``."""
+    listed = {spec.name for spec in bundle.manifest.inputs}
+    if session.input_names != listed:
+        session.close()
+        raise BundleError(
+            f"{bundle.path}: the model takes {sorted(session.input_names)}, the manifest lists "
+            f"{sorted(listed)}"
+        )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

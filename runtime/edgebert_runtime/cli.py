@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import queue
@@ -16,7 +17,7 @@ import msgspec
 from edgebert_runtime.device import DEVICES, choose, gather_facts
 from edgebert_runtime.errors import EdgebertError, InputError
 
-__all__ = ["COMMANDS", "CommandGroup", "main", "reported_errors"]
+__all__ = ["COMMANDS", "CommandGroup", "main", "printable", "reported_errors"]
 
 _STREAM_TEXTS = 256
 """Most lines of standard input that are answered together."""
@@ -48,12 +49,20 @@ def reported_errors(call: Callable[..., Any], *args: Any) -> Any:
     try:
         return call(*args)
     except EdgebertError as exc:
-        click.echo(f"error: {exc}", err=True)
+        click.echo(f"error: {printable(str(exc))}", err=True)
         sys.exit(exc.exit_code)
-    except BrokenPipeError:
+    except OSError as exc:
         # What is left in the buffer cannot be written; keep the interpreter from trying.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(exc, BrokenPipeError):
+            sys.exit(0)
+        click.echo(f"error: {printable(str(exc))}", err=True)
+        sys.exit(1)
+
+
+def printable(text: str) -> str:
+    """Replaces control characters, which could do things to a terminal, by spaces."""
+    return text.translate(_CONTROL)
 
 
 def _bundle_argument(command: Callable[..., None]) -> Callable[..., None]:
@@ -92,7 +101,7 @@ def predict(
 
     lines: Iterable[list[str]] = [list(texts)]
     if texts in {(), ("-",)}:
-        lines = _stdin_lines(sys.stdin.buffer)
+        lines = _stdin_lines()
     with Classifier.load(bundle, device=device, variant=variant, intra_op_threads=threads) as clf:
         first = True
         for chunk in lines:
@@ -104,8 +113,8 @@ def predict(
                         ("[" if first else ",\n ") + msgspec.json.encode(row).decode(), nl=False
                     )
                 else:
-                    label = ",".join(prediction.labels) or "-"
-                    click.echo(f"{label}\t{prediction.score:.4f}\t{text.translate(_CONTROL)}")
+                    label = printable(",".join(prediction.labels)) or "-"
+                    click.echo(f"{label}\t{prediction.score:.4f}\t{printable(text)}")
                 first = False
             sys.stdout.flush()
         if as_json:
@@ -123,13 +132,24 @@ def _split_pair(text: str) -> tuple[str, str]:
     return first, second
 
 
-def _stdin_lines(stream: BinaryIO) -> Iterator[list[str]]:
+def _stdin_lines() -> Iterator[list[str]]:
     """Yields the lines that have arrived, so that a slow pipe is answered line by line."""
-    arrived: queue.Queue[bytes | None] = queue.Queue(maxsize=4 * _STREAM_TEXTS)
+    if sys.stdin is None:
+        raise InputError("standard input is closed; give texts as arguments")
+    try:
+        # A file of its own: the interpreter, when it ends, closes sys.stdin, which it cannot
+        # while the thread below waits in it.
+        stream: BinaryIO = open(os.dup(sys.stdin.fileno()), "rb")  # noqa: SIM115
+    except io.UnsupportedOperation:
+        stream = sys.stdin.buffer
+    arrived: queue.Queue[bytes | OSError | None] = queue.Queue(maxsize=4 * _STREAM_TEXTS)
 
     def read() -> None:
-        for line in stream:
-            arrived.put(line)
+        try:
+            for line in stream:
+                arrived.put(line)
+        except OSError as exc:
+            arrived.put(exc)
         arrived.put(None)
 
     threading.Thread(target=read, daemon=True).start()
@@ -139,17 +159,23 @@ def _stdin_lines(stream: BinaryIO) -> Iterator[list[str]]:
         chunk: list[str] = []
         raw = arrived.get()
         while raw is not None:
+            if isinstance(raw, OSError):
+                raise InputError(f"standard input cannot be read: {raw}")
             number += 1
-            try:
-                chunk.append(raw.decode("utf-8").rstrip("\r\n"))
-            except UnicodeDecodeError as exc:
-                raise InputError(f"standard input, line {number}, is not UTF-8: {exc}") from exc
+            chunk.append(_decoded(raw, number, "standard input"))
             if len(chunk) == _STREAM_TEXTS or arrived.empty():
                 break
             raw = arrived.get()
         ended = raw is None
         if chunk:
             yield chunk
+
+
+def _decoded(raw: bytes, number: int, source: str) -> str:
+    try:
+        return raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as exc:
+        raise InputError(f"{source}, line {number}, is not UTF-8: {exc}") from exc
 
 
 @click.command()
@@ -177,8 +203,7 @@ def bench(
     else:
         try:
             with open(path, "rb") as stream:
-                for chunk in _stdin_lines(stream):
-                    lines += chunk
+                lines = [_decoded(raw, number, path) for number, raw in enumerate(stream, start=1)]
         except OSError as exc:
             raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
         if not lines:
@@ -219,8 +244,8 @@ def inspect(bundle: str, as_json: bool) -> None:
         return
     sizes = {entry.path: entry.size_bytes for entry in manifest.files}
     kind = manifest.task.kind.replace("_", " ") + (", pairs" if manifest.task.text_pair else "")
-    click.echo(f"{manifest.name}: {kind}; up to {manifest.max_length} tokens")
-    click.echo(f"labels: {', '.join(manifest.task.labels)}")
+    click.echo(f"{printable(manifest.name)}: {kind}; up to {manifest.max_length} tokens")
+    click.echo(f"labels: {printable(', '.join(manifest.task.labels))}")
     for item in manifest.variants:
         devices = ", ".join(item.devices)
         click.echo(f"{item.name}: {sizes[item.model] / 1e6:.1f} MB, {item.precision}, on {devices}")

@@ -72,24 +72,26 @@ class TextEncoder:
         self._pad_token_id = pad_token_id
         self._text_pair = text_pair
 
-    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+    def encode(self, texts: Sequence[Text], *, first_index: int = 0) -> list[Encoded]:
         """Tokenises ``texts``, in order.
+
+        Args:
+            texts: What to tokenise.
+            first_index: The number of the first of them, for messages.
 
         Raises:
             InputError: A text is not a string (or a pair where pairs are wanted), or is not
                 valid Unicode.
         """
-        self._check(texts)
+        self._check(texts, first_index)
         try:
             encodings = self._tokenizer.encode_batch(list(texts))
         except (TypeError, UnicodeEncodeError) as exc:
             raise InputError(f"a text is not valid Unicode: {exc}") from exc
         return [Encoded(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]
 
-    def _check(self, texts: Sequence[Text]) -> None:
-        if isinstance(texts, str):
-            raise InputError("give a list of texts, not one string: [text]")
-        for index, text in enumerate(texts):
+    def _check(self, texts: Sequence[Text], first_index: int) -> None:
+        for index, text in enumerate(texts, start=first_index):
             parts = text if isinstance(text, tuple) else (text,)
             if len(parts) != (2 if self._text_pair else 1) or isinstance(text, str) == (
                 self._text_pair

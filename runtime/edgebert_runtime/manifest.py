@@ -29,7 +29,9 @@ __all__ = [
 
 FORMAT_VERSION = 1
 
+_MOST_TOKENS = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -119,7 +121,7 @@ class Provenance(_Strict, frozen=True, kw_only=True):
 
     Attributes:
         edgebert: Version of edgebert that wrote the bundle.
-        recipe_sha256: Of the recipe after defaults were filled in.
+        recipe_sha256: Of what the recipe says, without its evaluation and gate.
         model_sha256: Of the checkpoint that the export started from.
         data_sha256: Of all labelled rows, in order, with the split each belongs to.
         seed: Seed of fine-tuning; ``None`` when nothing was trained.
@@ -173,8 +175,10 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         names = [variant.name for variant in self.variants]
         if not names or len(set(names)) != len(names):
             raise ValueError("variants must be at least one, with distinct names")
-        if self.max_length < 3:
-            raise ValueError("max_length leaves no room for text")
+        if not 3 <= self.max_length <= _MOST_TOKENS:
+            raise ValueError(f"max_length must be from 3 to {_MOST_TOKENS}")
+        if not 0 <= self.pad_token_id < 2**31:
+            raise ValueError("pad_token_id is no token id")
         if "logits" not in [output.name for output in self.outputs]:
             raise ValueError("outputs lack logits")
         if "input_ids" not in [spec.name for spec in self.inputs]:
@@ -217,7 +221,7 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
 
     try:
         version = msgspec.json.decode(data, type=Version).format_version
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except _UNREADABLE as exc:
         raise BundleError(f"{source}: manifest.json is not a bundle's manifest: {exc}") from exc
     if version != FORMAT_VERSION:
         raise BundleError(
@@ -226,7 +230,7 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
         )
     try:
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except _UNREADABLE as exc:
         raise BundleError(f"{source}: manifest.json: {exc}") from exc
 
 

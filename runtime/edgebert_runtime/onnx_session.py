@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any, Literal
 
@@ -71,6 +72,10 @@ class OnnxSession:
             )
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only; they reach the caller as exceptions
+        # A model may name files with its weights; none but the bytes given here is read.
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", os.devnull
+        )
         if intra_op_threads is not None:
             options.intra_op_num_threads = intra_op_threads
         try:
@@ -85,17 +90,22 @@ class OnnxSession:
                 f"ONNX Runtime was asked for {provider} and loaded "
                 f"{', '.join(session.get_providers())}; check the driver and the CUDA libraries"
             )
-        self._inputs = {spec.name: len(spec.shape) for spec in session.get_inputs()}
+        self._ranks = {spec.name: len(spec.shape) for spec in session.get_inputs()}
         self._outputs = [spec.name for spec in session.get_outputs()]
         self._session: Any = session
         self._lock = threading.Lock()
+
+    @property
+    def input_names(self) -> set[str]:
+        """Names of the model's inputs."""
+        return set(self._ranks)
 
     def run(self, inputs: Inputs) -> Outputs:
         """Computes one batch; see ``Session.run``."""
         session = self._session
         if session is None:
             raise DeviceError("the session is closed")
-        check_inputs(inputs, self._inputs)
+        check_inputs(inputs, self._ranks)
         try:
             outputs = session.run(self._outputs, dict(inputs))
         except Exception as exc:

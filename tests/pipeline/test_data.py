@@ -100,7 +100,9 @@ def test_shares_are_what_the_recipe_says(tmp_path: Path) -> None:
     assert summary.rows["validation"] / 4000 == pytest.approx(0.2, abs=0.03)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.lists(st.tuples(st.text("ab \n", max_size=6), st.booleans()), min_size=1, max_size=60),
     st.lists(st.text("ab ", max_size=6), max_size=20),
@@ -200,7 +202,7 @@ def test_calibration_texts_need_no_label_and_are_never_test_texts(tmp_path: Path
         ("d.tsv", b'text\tlabel\n"open\tgood\n', "set quoting = false"),
         ("d.csv", b"text,label\nx,fine\n", "line 2: label 'fine' is not one of bad, good"),
         ("d.jsonl", b'{"text": "x", "label": "good"}\n{oops\n', "d.jsonl, line 2 is not JSON"),
-        ("d.jsonl", b'[1]\n', "d.jsonl, line 1 is not a JSON object"),
+        ("d.jsonl", b"[1]\n", "d.jsonl, line 1 is not a JSON object"),
         ("d.jsonl", b'{"text": 3, "label": "good"}\n', "column 'text' holds a int, not text"),
         ("d.jsonl", b'{"text": null, "label": "good"}\n', "column 'text' holds nothing, not text"),
         ("d.jsonl", b'{"text": "x", "label": null}\n', "column 'label' holds no label"),

@@ -147,7 +147,12 @@ def test_an_unreachable_registry_ends_the_export_with_2(
     new = f'package = "absent==1.0"\nfile = "absent-1.0.tar.gz"\nsha256 = {json.dumps("0" * 64)}'
     recipe.write_text(text.replace(old, new))
     done = edgebert(
-        "export", recipe, "--out", tmp_path / "out", PIP_NO_INDEX="1", PIP_FIND_LINKS="",
+        "export",
+        recipe,
+        "--out",
+        tmp_path / "out",
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS="",
         EDGEBERT_CACHE_DIR=str(tmp_path / "cache"),
     )
     assert "Offline: get that file" in fails_cleanly(done)

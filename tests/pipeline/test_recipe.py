@@ -95,17 +95,20 @@ def test_a_missing_recipe_and_one_that_is_not_utf8(tmp_path: Path) -> None:
 def test_check_validates_and_ends_with_2_on_a_bad_recipe(write_recipe) -> None:
     path = write_recipe()
     good = CliRunner().invoke(main, ["recipe", "--check", str(path)])
-    assert (good.exit_code, good.output) == (0, f"{path}: tiny-single, single_label, 2 labels: ok\n")
+    assert (good.exit_code, good.output) == (
+        0,
+        f"{path}: tiny-single, single_label, 2 labels: ok\n",
+    )
     path.write_text("x = 1")
     bad = CliRunner().invoke(main, ["recipe", "--check", str(path)])
     assert bad.exit_code == 2
     assert bad.output.count("\n") == 1
 
 
-def test_the_hash_covers_defaults_and_not_the_layout(write_recipe) -> None:
+def test_the_hash_covers_what_shapes_the_bundle_and_not_the_layout(write_recipe) -> None:
     path = write_recipe()
     before = load_recipe(path).sha256()
-    path.write_text("# a comment\n" + path.read_text())
+    path.write_text("# a comment\n" + path.read_text() + "\n[gate]\nmax_p99_ms = 5.0\n")
     assert load_recipe(path).sha256() == before
     path.write_text(path.read_text().replace("epochs = 2", "epochs = 3"))
     assert load_recipe(path).sha256() != before
