@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgebert_runtime import BundleError, Classifier, EdgebertError, InputError
-from edgebert_runtime.bundle import MANIFEST_HASH, Bundle
+from edgebert_runtime import Classifier, EdgebertError, InputError
+from edgebert_runtime.bundle import MANIFEST_HASH
 from edgebert_runtime.device import DEVICES
 
 _BATCH_LINES, _QUEUE_LINES, _LINE_BYTES = 32, 256, 1024 * 1024  # the most of each
@@ -35,14 +35,12 @@ def fingerprint(bundle: Path) -> list[object]:
         return [str(exc)]
 
 
-def load(bundle: Path, device: str, seen: list[object]) -> Classifier:
-    """Loads a bundle whose fingerprint was ``seen``; raises ``EdgebertError``."""
+def load(bundle: Path, device: str) -> Classifier:
+    """Loads a bundle and has it answer once; raises ``EdgebertError``."""
     classifier = Classifier.load(bundle, device=device)
     try:
         # The first answer of a session is slow, and shows a model that cannot answer.
         classifier.predict([("a", "b") if classifier.task.text_pair else "a"])
-        if fingerprint(bundle) != seen:  # its digest, read before, may name another bundle
-            raise BundleError(f"{bundle} changed while it was being loaded")
     except BaseException:
         classifier.close()
         raise
@@ -71,6 +69,11 @@ def label(classifier: Classifier, lines: list[bytes]) -> list[dict[str, Any]]:
         return [answer for line in lines for answer in label(classifier, [line])]
 
 
+def short(classifier: Classifier) -> str:
+    """Returns the start of the digest of the bundle that a classifier was loaded from."""
+    return str(classifier.digest)[:12]
+
+
 class DeviceApp:
     """Three threads: one reads lines, one answers them, the main one watches the bundle."""
 
@@ -81,7 +84,7 @@ class DeviceApp:
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stop_seen, self._stop_given = os.pipe()
         self._turn = threading.Condition()  # held to answer a batch, and to swap
-        self._served: tuple[Classifier, str] | None = None  # with its digest
+        self._served: Classifier | None = None
         self._seen: list[object] = []
         self._complaint = ""
         self._any_read = False
@@ -121,23 +124,21 @@ class DeviceApp:
             return
         self._seen = seen
         try:
-            digest = Bundle.open(path).digest[:12]
-            new = old if old and old[1] == digest else (load(path, self._device, seen), digest)
+            new = load(path, self._device)
         except Exception as exc:  # whatever is wrong with it, the one in use must go on
             complaint = str(exc) if isinstance(exc, EdgebertError) else repr(exc)
             if complaint != self._complaint:
-                state = f"keeping bundle {old[1]}" if old else "waiting for a bundle"
+                state = f"keeping bundle {short(old)}" if old else "waiting for a bundle"
                 _log.warning("%s: %s", state, " ".join(complaint.split()))
             self._complaint = complaint
             return
         self._complaint = ""
-        if new is not old:
-            with self._turn:  # between batches: nobody uses the old one from here on
-                self._served = new
-                self._turn.notify()
-            if old:
-                old[0].close()
-            _log.info("serving bundle %s", digest)
+        with self._turn:  # between batches: nobody uses the old one from here on
+            self._served = new
+            self._turn.notify()
+        if old:
+            old.close()
+        _log.info("serving bundle %s", short(new))
 
     def _read(self) -> None:
         """Puts lines into the queue, and None after the last."""
@@ -171,8 +172,8 @@ class DeviceApp:
                     with self._turn:
                         self._turn.wait_for(lambda: self._served)
                         assert self._served is not None
-                        classifier, digest = self._served
-                        answers = label(classifier, lines)
+                        digest = short(self._served)
+                        answers = label(self._served, lines)
                     for answer in answers:
                         number += 1
                         row = {"line": number, **answer, "bundle": digest}

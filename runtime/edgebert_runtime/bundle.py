@@ -139,7 +139,7 @@ class Bundle:
             else:
                 raise BundleError(f"{root}: there is no bundle there")
             manifest, digest = _read_manifest(root, storage)
-        except (OSError, tarfile.TarError) as exc:
+        except (OSError, tarfile.TarError, RecursionError) as exc:
             raise BundleError(f"{root} cannot be read: {exc}") from exc
         bundle = cls(root, storage, manifest, digest)
         bundle._check_listing()

@@ -71,6 +71,7 @@ class Classifier:
         task: What the outputs mean.
         batch_size: Most texts in one call of the model; at least 1.
         choice: What was chosen to run, and why; ``None`` when the caller chose.
+        digest: Digest of the bundle that the parts came from; ``None`` without a bundle.
     """
 
     def __init__(
@@ -81,10 +82,12 @@ class Classifier:
         *,
         batch_size: int = 32,
         choice: Choice | None = None,
+        digest: str | None = None,
     ) -> None:
         _check_batch_size(batch_size)
         self.task = task
         self.choice = choice
+        self.digest = digest
         self._session = session
         self._encoder = encoder
         self.batch_size = batch_size
@@ -147,7 +150,14 @@ class Classifier:
             except BundleError:
                 session.close()
                 raise
-        return cls(session, encoder, bundle.manifest.task, batch_size=batch_size, choice=choice)
+        return cls(
+            session,
+            encoder,
+            bundle.manifest.task,
+            batch_size=batch_size,
+            choice=choice,
+            digest=bundle.digest,
+        )
 
     def predict(self, texts: Sequence[Text]) -> list[Prediction]:
         """Labels ``texts``, in order.

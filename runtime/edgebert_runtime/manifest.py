@@ -7,6 +7,7 @@ not understand would serve wrong answers quietly.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Literal
 
@@ -31,7 +32,7 @@ FORMAT_VERSION = 1
 
 _MOST_TOKENS = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -59,8 +60,10 @@ class Task(_Strict, frozen=True, kw_only=True):
         fewest = 2 if self.kind == "single_label" else 1
         if len(self.labels) < fewest:
             raise ValueError(f"a {self.kind} task needs at least {fewest} labels")
-        if len(set(self.labels)) != len(self.labels) or not all(self.labels):
-            raise ValueError("labels must be distinct and not empty")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must be distinct")
+        if not all(label and label.isprintable() for label in self.labels):
+            raise ValueError("labels must not be empty, nor hold control characters")
         if self.kind == "single_label":
             if self.thresholds is not None:
                 raise ValueError("a single_label task has no thresholds")
@@ -166,6 +169,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     provenance: Provenance
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name {self.name!r} is not of letters, digits, '.', '_', '-'")
         paths = [entry.path for entry in self.files]
         if len(set(paths)) != len(paths):
             raise ValueError("a file is listed twice")
@@ -179,10 +184,19 @@ class Manifest(_Strict, frozen=True, kw_only=True):
             raise ValueError(f"max_length must be from 3 to {_MOST_TOKENS}")
         if not 0 <= self.pad_token_id < 2**31:
             raise ValueError("pad_token_id is no token id")
-        if "logits" not in [output.name for output in self.outputs]:
-            raise ValueError("outputs lack logits")
-        if "input_ids" not in [spec.name for spec in self.inputs]:
-            raise ValueError("inputs lack input_ids")
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        inputs = [spec.name for spec in self.inputs]
+        if "input_ids" not in inputs or len(set(inputs)) != len(inputs):
+            raise ValueError("inputs must be distinct, input_ids among them")
+        if any(spec.dtype != "int64" or len(spec.shape) != 2 for spec in self.inputs):
+            raise ValueError("inputs must be int64[batch, seq]")
+        logits = [spec for spec in self.outputs if spec.name == "logits"]
+        if [(spec.dtype, spec.shape[1:]) for spec in logits] != [
+            ("float32", (len(self.task.labels),))
+        ]:
+            raise ValueError("outputs must hold one logits, float32[batch, labels]")
 
     def variant(self, name: str) -> Variant:
         """Returns the variant called ``name``.
@@ -229,9 +243,18 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
             f"{FORMAT_VERSION}. Use the edgebert-runtime that belongs to the bundle."
         )
     try:
+        json.loads(data, object_pairs_hook=_refuse_repeats)
         return msgspec.json.decode(data, type=Manifest)
     except _UNREADABLE as exc:
         raise BundleError(f"{source}: manifest.json: {exc}") from exc
+
+
+def _refuse_repeats(pairs: list[tuple[str, object]]) -> None:
+    """Refuses an object that has a key twice: two readers may take different ones."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise msgspec.DecodeError(f"key {key!r} is there twice")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

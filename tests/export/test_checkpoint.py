@@ -49,7 +49,7 @@ def marker(tmp_path: Path) -> Iterator[Path]:
 
 
 def _logits(checkpoint: Checkpoint, task: Task, texts: list[str] = TEXTS) -> np.ndarray:
-    encoder = checkpoint_encoder(checkpoint, max_length=64, text_pair=False)
+    encoder = checkpoint_encoder(checkpoint, max_length=128, text_pair=False)
     inputs = encoder.collate(encoder.encode(texts))
     model: Any = load_model(checkpoint, task)
     with torch.inference_mode():
@@ -249,7 +249,7 @@ def test_a_configuration_cannot_change_how_the_model_is_called(
     """Only what describes the architecture counts; how outputs are returned is edgebert's."""
     checkpoint = open_checkpoint(edited(config=config))
     expected = _logits(tiny_classifiers["single"], tasks["single"])
-    np.testing.assert_allclose(_logits(checkpoint, tasks["single"]), expected, atol=1e-6)
+    np.testing.assert_allclose(_logits(checkpoint, tasks["single"]), expected, atol=1e-4)
     model = load_model(checkpoint, tasks["single"])
     assert model.config._attn_implementation == "sdpa"
 
@@ -592,7 +592,7 @@ def test_transformers_loads_a_saved_checkpoint_and_agrees(
     with torch.inference_mode():
         logits = theirs(**inputs).logits.numpy()
     expected = _logits(open_checkpoint(path), tasks["single"], texts)
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
     assert theirs.config.id2label == {0: "negative", 1: "positive"}
 
 
@@ -615,4 +615,4 @@ def test_the_hash_covers_every_file_that_is_read_and_no_other(edited: Edit) -> N
     seen.add(open_checkpoint(path).sha256)
     (path / "vocab.txt").unlink()
     seen.add(open_checkpoint(path).sha256)
-    assert len(seen) == 7
+    assert len(seen) == 7  # every one of these is another checkpoint
