@@ -2,20 +2,23 @@
 
 Every checkpoint comes through here. ``transformers``' own loader follows what a ``config.json``
 says, which has run code from other people's repositories (CVE-2026-4372: a private
-``_attn_implementation_internal`` key). So this module reads the configuration itself, lets known
-model types pass, drops private keys, takes weights from safetensors alone, and puts them into a
-model class of its own choosing. Nothing in edgebert calls ``from_pretrained``.
+``_attn_implementation_internal`` key). So the configuration is read by ``architecture``, weights
+come from safetensors alone, and both go into a model class that is chosen here. Nothing in
+edgebert calls ``from_pretrained``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from edgebert_export.architecture import Architecture, read_config
 from edgebert_export.errors import CheckpointError
 from edgebert_runtime.encoder import TextEncoder
 from edgebert_runtime.manifest import Task
@@ -44,9 +47,6 @@ CHECKPOINT_FILES = (
 )
 """The only files that edgebert reads from a checkpoint."""
 
-_MODEL_TYPES = ("bert", "distilbert")
-_ATTENTION_KERNELS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
-_SMALL_FILE_LIMIT_BYTES = 64 * 1024 * 1024
 # Heads and buffers that checkpoints carry and a classifier does not need.
 _IGNORED_WEIGHTS = ("cls.", "vocab_", "bert.embeddings.position_ids", "qa_outputs.")
 
@@ -57,31 +57,28 @@ class Checkpoint:
 
     Attributes:
         path: Its directory.
-        config: ``config.json`` without private keys.
+        architecture: The model's shape.
         labels: Labels of its classification head, ``None`` when it has none. ``LABEL_0`` and
             so on when the checkpoint does not name them.
+        problem_type: What kind of task the head is for, if the checkpoint says so.
         sha256: Over the files that edgebert reads.
     """
 
     path: Path
-    config: Mapping[str, Any]
+    architecture: Architecture
     labels: tuple[str, ...] | None
+    problem_type: str | None
     sha256: str
 
     @property
     def model_type(self) -> str:
         """``bert`` or ``distilbert``."""
-        return str(self.config["model_type"])
-
-    @property
-    def max_positions(self) -> int:
-        """Longest input in tokens that the position embeddings allow."""
-        return int(self.config.get("max_position_embeddings", 512))
+        return str(type(self.architecture).__struct_config__.tag)
 
     @property
     def pad_token_id(self) -> int:
         """Token id that fills short rows."""
-        return int(self.config.get("pad_token_id") or 0)
+        return self.architecture.pad_token_id or 0
 
     def matches(self, task: Task) -> bool:
         """Whether the head answers ``task``: its kind, and the same labels in the same order.
@@ -90,7 +87,7 @@ class Checkpoint:
         """
         if self.labels is None or len(self.labels) != len(task.labels):
             return False
-        if self.config.get("problem_type") not in (None, _problem_type(task)):
+        if self.problem_type not in (None, _problem_type(task)):
             return False
         generic = tuple(f"LABEL_{index}" for index in range(len(self.labels)))
         return self.labels in (task.labels, generic)
@@ -107,15 +104,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     weights = path / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError(_why_no_weights(path))
-    config = _read_config(path / "config.json")
+    config = read_config(path / "config.json")
     if not (path / "tokenizer.json").is_file() and not (path / "vocab.txt").is_file():
         raise CheckpointError(f"{path} has neither tokenizer.json nor vocab.txt")
-    names = _weight_names(weights)
-    has_head = any(name.startswith("classifier.") for name in names)
+    shapes = _weight_shapes(weights)
+    _check_size(path, config.architecture, shapes)
+    has_head = any(name.startswith("classifier.") for name in shapes)
     return Checkpoint(
         path=path,
-        config=config,
-        labels=_head_labels(config, path) if has_head else None,
+        architecture=config.architecture,
+        labels=config.labels if has_head else None,
+        problem_type=config.problem_type,
         sha256=_hash_files(path),
     )
 
@@ -132,68 +131,37 @@ def _why_no_weights(path: Path) -> str:
     return f"{path} has no model.safetensors"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Reads ``config.json``, refuses what names code, and drops private keys."""
-    try:
-        if path.stat().st_size > _SMALL_FILE_LIMIT_BYTES:
-            raise CheckpointError(f"{path} is too large to be a configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} cannot be read as JSON: {exc}") from exc
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    for key, value in config.items():
-        kernel = key.lstrip("_").startswith("attn_implementation")
-        if kernel and isinstance(value, dict | list):
-            raise CheckpointError(f"{path}: {key!r} refused: it must name one built-in kernel")
-        if kernel and isinstance(value, str) and value not in _ATTENTION_KERNELS:
-            raise CheckpointError(
-                f"{path}: {key!r} refused: {value!r:.80} would load attention code from elsewhere; "
-                "remove the key if you trust the rest of the checkpoint"
-            )
-        if key in {"auto_map", "custom_pipelines"}:
-            raise CheckpointError(
-                f"{path}: {key!r} refused: it names Python code to run, and edgebert runs none; "
-                "remove the key if the model is a plain BERT"
-            )
-        if key in {"is_decoder", "add_cross_attention"} and value:
-            raise CheckpointError(f"{path}: {key!r} refused: edgebert exports encoders")
-        if key == "quantization_config":
-            raise CheckpointError(f"{path}: {key!r} refused: give the checkpoint before quantising")
-    model_type = config.get("model_type")
-    if model_type not in _MODEL_TYPES:
-        raise CheckpointError(
-            f"{path}: model_type {model_type!r:.80} refused; edgebert knows "
-            f"{' and '.join(_MODEL_TYPES)}"
-        )
-    dropped = {"architectures", "torch_dtype", "dtype", "attn_implementation"}
-    return {
-        key: value
-        for key, value in config.items()
-        if not key.startswith("_") and key not in dropped
-    }
-
-
-def _weight_names(path: Path) -> list[str]:
+def _weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as weights:
-            return list(weights.keys())
+            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as exc:
         raise CheckpointError(f"{path} is not a whole safetensors file: {exc}") from exc
 
 
-def _head_labels(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    names = config.get("id2label")
-    if not isinstance(names, dict):
-        count = config.get("num_labels", 2)
-        return tuple(f"LABEL_{index}" for index in range(int(count)))
-    try:
-        by_index = {int(index): str(name) for index, name in names.items()}
-        return tuple(by_index[index] for index in range(len(by_index)))
-    except (ValueError, KeyError) as exc:
-        raise CheckpointError(f"{path}/config.json: id2label does not number the labels") from exc
+def _check_size(path: Path, architecture: Architecture, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses a configuration that describes a larger model than the file holds.
+
+    Building it would take the memory that the configuration asks for, before any weight is
+    compared.
+    """
+    layers = {int(found[1]) for name in shapes if (found := re.search(r"\blayer\.(\d+)\.", name))}
+    if len(layers) != architecture.layers:
+        raise CheckpointError(
+            f"{path}: config.json says {architecture.layers} layers, model.safetensors has "
+            f"{len(layers)}"
+        )
+    largest = max(
+        value
+        for value in msgspec.to_builtins(architecture).values()
+        if isinstance(value, int) and not isinstance(value, bool)
+    )
+    if largest > max((size for shape in shapes.values() for size in shape), default=0):
+        raise CheckpointError(
+            f"{path}: config.json has a size of {largest}, more than any in model.safetensors"
+        )
 
 
 def _hash_files(path: Path) -> str:
@@ -221,6 +189,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """
     from tokenizers import Tokenizer
     from tokenizers.implementations import BertWordPieceTokenizer
+    from tokenizers.models import WordPiece
 
     path = checkpoint.path / "tokenizer.json"
     try:
@@ -228,18 +197,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         else:
             options = _wordpiece_options(checkpoint.path / "tokenizer_config.json")
-            vocab = str(checkpoint.path / "vocab.txt")
+            vocab = WordPiece.read_file(str(checkpoint.path / "vocab.txt"))
             built = BertWordPieceTokenizer(vocab, **options)
             tokenizer = Tokenizer.from_str(built.to_str())
     except Exception as exc:  # tokenizers raises bare Exception
         raise CheckpointError(f"{checkpoint.path}: the tokenizer cannot be read: {exc}") from exc
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokens, rows = tokenizer.get_vocab_size(), int(checkpoint.config.get("vocab_size", 30522))
-    if tokens > rows:
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    rows = checkpoint.architecture.vocab_size
+    if max(highest, checkpoint.pad_token_id) >= rows:
         raise CheckpointError(
-            f"{checkpoint.path}: the tokenizer has {tokens} tokens and the model embeds {rows}; "
-            "they do not belong together"
+            f"{checkpoint.path}: the tokenizer has token ids up to "
+            f"{max(highest, checkpoint.pad_token_id)} and the model embeds {rows} tokens; they do "
+            "not belong together"
         )
     return tokenizer
 
@@ -269,10 +240,11 @@ def checkpoint_encoder(checkpoint: Checkpoint, *, max_length: int, text_pair: bo
         CheckpointError: The tokenizer cannot be read, or ``max_length`` exceeds what the
             position embeddings allow.
     """
-    if max_length > checkpoint.max_positions:
+    positions = checkpoint.architecture.max_position_embeddings
+    if max_length > positions:
         raise CheckpointError(
-            f"max_length is {max_length} and {checkpoint.path} has positions for "
-            f"{checkpoint.max_positions} tokens; lower max_length"
+            f"max_length is {max_length} and {checkpoint.path} has positions for {positions} "
+            "tokens; lower max_length"
         )
     return TextEncoder(
         load_tokenizer(checkpoint).to_str().encode(),
@@ -314,11 +286,13 @@ def load_model(
 
     if not new_head and not checkpoint.matches(task):
         raise CheckpointError(_why_no_match(checkpoint, task))
-    values = {k: v for k, v in checkpoint.config.items() if k not in {"num_labels", "label2id"}}
-    values["id2label"] = dict(enumerate(task.labels))
-    values["label2id"] = {label: index for index, label in enumerate(task.labels)}
-    values["problem_type"] = _problem_type(task)
-    distil = checkpoint.model_type == "distilbert"
+    values = {
+        **msgspec.to_builtins(checkpoint.architecture),
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {label: index for index, label in enumerate(task.labels)},
+        "problem_type": _problem_type(task),
+    }
+    distil = values.pop("model_type") == "distilbert"
     config_class = DistilBertConfig if distil else BertConfig
     model_class = DistilBertForSequenceClassification if distil else BertForSequenceClassification
     try:
@@ -359,7 +333,7 @@ def load_model(
 def _why_no_match(checkpoint: Checkpoint, task: Task) -> str:
     have = "no classification head"
     if checkpoint.labels is not None:
-        kind = checkpoint.config.get("problem_type") or "classification"
+        kind = checkpoint.problem_type or "classification"
         have = f"a {kind} head for {len(checkpoint.labels)} labels ({', '.join(checkpoint.labels)})"
     return (
         f"{checkpoint.path} has {have}; the task is {task.kind} with {len(task.labels)} labels "
@@ -393,5 +367,10 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: Tokenizer, path: Path) ->
         if tokenizer.token_to_id(f"[{name.upper()}]") is not None
     }
     wrapped: Any = PreTrainedTokenizerFast
-    wrapped(tokenizer_object=tokenizer, **special).save_pretrained(path)
+    wrapped(
+        tokenizer_object=tokenizer,
+        model_input_names=list(model_inputs(model.config.model_type)),
+        model_max_length=model.config.max_position_embeddings,
+        **special,
+    ).save_pretrained(path)
     return open_checkpoint(path)

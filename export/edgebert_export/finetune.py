@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["FinetuneConfig", "TrainingLog", "finetune", "is_needed"]
 
 _COMPLETE = "edgebert-complete"
-"""Marks a Trainer checkpoint whose every file was written; others are thrown away."""
+"""Lists the files of a Trainer checkpoint, once every one is written; others are thrown away."""
 
 
 class FinetuneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,7 +116,10 @@ def finetune(
     Raises:
         CheckpointError: The checkpoint cannot be loaded.
     """
+    from safetensors.torch import load_file
     from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import PrinterCallback, TrainerState
 
     set_seed(config.seed)
     new_head = not checkpoint.matches(data.task)
@@ -155,7 +159,7 @@ def finetune(
         load_best_model_at_end=True,
         metric_for_best_model="score",
         greater_is_better=True,
-        group_by_length=True,
+        restore_callback_states_from_checkpoint=True,
         seed=config.seed,
         report_to=[],
         logging_strategy="no",
@@ -163,10 +167,17 @@ def finetune(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(
+    train_rows = rows(data.train)
+
+    class LengthGroupedTrainer(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            lengths = [len(row["input_ids"]) for row in train_rows]
+            return _grouped_by_length(lengths, config.batch_size, config.seed)
+
+    trainer = LengthGroupedTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows(data.train),
+        train_dataset=train_rows,
         eval_dataset=rows(data.validation),
         data_collator=collate,
         compute_metrics=lambda output: {
@@ -177,28 +188,29 @@ def finetune(
             _bookkeeping(on_progress),
         ],
     )
-    # The Trainer prints its metrics; ours is the only progress on the terminal.
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    with warnings.catch_warnings():
-        # It warns that checkpoints of the same second are ordered by their number, as they should.
-        warnings.filterwarnings("ignore", message="mtime may not be reliable")
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
-    trained = trainer.model
-    assert trained is not None
+    trainer.remove_callback(PrinterCallback)  # ours is the only progress on the terminal
+    last = _last_whole_checkpoint(work)
+    if last is not None and _stopped_early(last, config.patience):
+        trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+    else:
+        with warnings.catch_warnings():
+            # It warns that checkpoints of the same second are ordered by number, as they should.
+            warnings.filterwarnings("ignore", message="mtime may not be reliable")
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     scores = {
         int(entry["step"]): float(entry["eval_score"])
         for entry in trainer.state.log_history
         if "eval_score" in entry
     }
+    best_step = max(scores, key=lambda step: (scores[step], -step))
+    model.load_state_dict(load_file(work / f"checkpoint-{best_step}" / "model.safetensors"))
     log = TrainingLog(
         steps=trainer.state.global_step,
-        best_step=max(scores, key=lambda step: (scores[step], -step)),
+        best_step=best_step,
         metric="accuracy" if data.task.kind == "single_label" else "micro-F1",
         validation_scores=scores,
     )
-    return save_checkpoint(trained.cpu(), load_tokenizer(checkpoint), out), log
+    return save_checkpoint(model.cpu(), load_tokenizer(checkpoint), out), log
 
 
 def _target(example: Example, task: Task) -> NDArray[Any]:
@@ -235,19 +247,81 @@ def _bookkeeping(on_progress: Callable[[int, int], None] | None) -> TrainerCallb
                 on_progress(state.global_step, state.max_steps)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (checkpoint / _COMPLETE).write_text(json.dumps(_sizes(checkpoint)))
 
     return Bookkeeping()
 
 
-def _last_whole_checkpoint(work: Path) -> str | None:
-    """Returns the newest whole Trainer checkpoint, and removes what a killed run left of one."""
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    return {f.name: f.stat().st_size for f in checkpoint.iterdir() if f.name != _COMPLETE}
+
+
+def _last_whole_checkpoint(work: Path) -> Path | None:
+    """Returns the newest whole Trainer checkpoint, and removes what a killed run left of others."""
     whole = []
     for path in work.glob("checkpoint-*"):
-        if (path / _COMPLETE).is_file():
+        try:
+            is_whole = json.loads((path / _COMPLETE).read_text()) == _sizes(path)
+        except (OSError, ValueError):
+            is_whole = False
+        if is_whole:
             whole.append(path)
         else:
             shutil.rmtree(path)
     if not whole:
         return None
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+    # The state names the best checkpoint by an absolute path; the build may have been moved.
+    file = last / "trainer_state.json"
+    state = json.loads(file.read_text())
+    if state["best_model_checkpoint"] is not None:
+        best = work / Path(state["best_model_checkpoint"]).name
+        state["best_model_checkpoint"] = str(best)
+        file.write_text(json.dumps(state))
+        (last / _COMPLETE).write_text(json.dumps(_sizes(last)))
+    return last
+
+
+def _stopped_early(checkpoint: Path, patience: int) -> bool:
+    """Whether training had ended by patience when ``checkpoint`` was saved."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    stopper = state["stateful_callbacks"]["EarlyStoppingCallback"]
+    return int(stopper["attributes"]["early_stopping_patience_counter"]) >= patience
+
+
+def _grouped_by_length(lengths: Sequence[int], batch_size: int, seed: int) -> Any:
+    """Returns a sampler that puts rows of like length into one batch, in a random order.
+
+    The order is a function of seed and epoch alone; that of ``transformers``'
+    ``LengthGroupedSampler`` depends on all random numbers drawn before, so a resumed run differs.
+    """
+    import torch
+
+    class GroupedByLength(torch.utils.data.Sampler[int]):
+        def __init__(self) -> None:
+            self._epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self._epoch = epoch
+
+        def __len__(self) -> int:
+            return len(lengths)
+
+        def __iter__(self) -> Iterator[int]:
+            random = np.random.default_rng((seed, self._epoch))
+            order = random.permutation(len(lengths))
+            # Sorted within stretches of 50 batches, as in transformers; then batches shuffled.
+            stretch = 50 * batch_size
+            batches = []
+            for start in range(0, len(order), stretch):
+                part = sorted(order[start : start + stretch], key=lambda row: -lengths[row])
+                batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+            # A short batch stays last: the loader cuts batches by counting rows.
+            full = [batch for batch in batches if len(batch) == batch_size]
+            rest = [row for batch in batches if len(batch) < batch_size for row in batch]
+            for index in random.permutation(len(full)):
+                yield from map(int, full[index])
+            yield from map(int, rest)
+
+    return GroupedByLength()

@@ -41,5 +41,8 @@ def choose_thresholds(
             continue
         precision, recall, candidates = precision_recall_curve(truth, scores[:, index])
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        thresholds.append(round(float(candidates[int(f1[:-1].argmax())]), 4))
+        best = int(f1[:-1].argmax())
+        # Halfway to the next lower score: rounding on another device then changes nothing.
+        below = candidates[best - 1] if best else 0.0
+        thresholds.append(float((candidates[best] + below) / 2))
     return tuple(thresholds)

@@ -163,6 +163,8 @@ class _Reader:
             if not isinstance(value, str):
                 what = "nothing" if value is None else f"a {type(value).__name__}"
                 raise DataError(f"{where}: column {column!r} holds {what}, not text")
+            if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+                raise DataError(f"{where}: column {column!r} holds half a surrogate pair")
             parts.append(value.strip())
         return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 

@@ -33,7 +33,12 @@ __all__ = ["STAGES", "export"]
 STAGES = ("finetune", "onnx", "quantise", "bundle", "evaluate")
 
 # The modules whose source decides what a stage makes; see stage_key.
-_LOADING = ("edgebert_export.checkpoint", "edgebert_export.dataset", "edgebert_runtime.encoder")
+_LOADING = (
+    "edgebert_export.architecture",
+    "edgebert_export.checkpoint",
+    "edgebert_export.dataset",
+    "edgebert_runtime.encoder",
+)
 _SERVING = (
     "edgebert_runtime.bench",
     "edgebert_runtime.bundle",

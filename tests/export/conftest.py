@@ -23,7 +23,7 @@ def tasks(tiny_classifiers: dict[str, Checkpoint]) -> dict[str, Task]:
     """The task that each of the tiny classifiers answers, by its name."""
     found = {}
     for name, checkpoint in tiny_classifiers.items():
-        multi = checkpoint.config["problem_type"] == "multi_label_classification"
+        multi = checkpoint.problem_type == "multi_label_classification"
         assert checkpoint.labels is not None
         found[name] = Task(
             kind="multi_label" if multi else "single_label",
