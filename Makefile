@@ -11,7 +11,8 @@ BIN    := $(VENV)/bin
 install: $(VENV)/.installed
 
 $(VENV)/.installed: constraints.txt pyproject.toml runtime/pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "edgebert needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, say")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "edgebert needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, say")'
+	@echo "installing into $(VENV): some minutes, about 2 GB with PyTorch's CPU build"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
