@@ -8,6 +8,7 @@ user's cache directory under their hash.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from edgebert_export.checkpoint import CHECKPOINT_FILES
 from edgebert_pipeline.errors import FetchError
 from edgebert_pipeline.recipe import RowsSource, Source
 
-__all__ = ["cache_dir", "fetch_checkpoint", "fetch_rows_file"]
+__all__ = ["cache_dir", "fetch_checkpoint", "fetch_rows_file", "reason_of"]
 
 Progress = Callable[[int, int], None]
 
@@ -149,17 +150,23 @@ def _fetch_hub_model(source: Source) -> Path:
     import huggingface_hub
 
     assert source.hub is not None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt
     try:
         found = huggingface_hub.snapshot_download(
             source.hub, revision=source.revision, allow_patterns=list(CHECKPOINT_FILES)
         )
     except Exception as exc:  # it passes on whatever its HTTP library raises
-        first_line = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise FetchError(
-            f"hub model {source.hub} at {source.revision} cannot be fetched: {first_line}. "
+            f"hub model {source.hub} at {source.revision} cannot be fetched: {reason_of(exc)}. "
             "Offline: download it elsewhere and name the directory with model.path"
         ) from exc
     return Path(found)
+
+
+def reason_of(exc: BaseException) -> str:
+    """Returns the first line of what a hub library's error says was at the bottom of it."""
+    cause = exc.__cause__ or exc
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
 
 
 @contextmanager

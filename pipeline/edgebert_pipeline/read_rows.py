@@ -15,7 +15,7 @@ from typing import Any
 
 from edgebert_export.errors import DataError
 from edgebert_pipeline.errors import FetchError
-from edgebert_pipeline.fetch import fetch_rows_file
+from edgebert_pipeline.fetch import fetch_rows_file, reason_of
 from edgebert_pipeline.recipe import RowsSource
 
 __all__ = ["Row", "read_rows"]
@@ -156,9 +156,8 @@ def _read_hub(source: RowsSource) -> Iterator[Row]:
             source.hub, source.subset, split=source.split, revision=source.revision
         )
     except Exception as exc:  # it passes on whatever its HTTP library raises
-        first_line = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise FetchError(
-            f"hub data set {source.hub} at {source.revision} cannot be fetched: {first_line}. "
+            f"hub data set {source.hub} at {source.revision} cannot be fetched: {reason_of(exc)}. "
             "Offline: save it as a file elsewhere and name it with path"
         ) from exc
     for number, row in enumerate(rows, start=1):

@@ -5,8 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
+import subprocess
+import sys
 import tarfile
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -157,3 +163,77 @@ def test_an_unreachable_registry_ends_the_export_with_2(
     )
     assert "Offline: get that file" in fails_cleanly(done)
     assert not (tmp_path / "out").exists()
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """A hub on this machine that serves one model; yields the names of files it was asked for."""
+    asked: set[str] = set()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            files = [*(path.name for path in tiny_encoder.iterdir()), "modeling.py", "weights.bin"]
+            body, headers = b"", {}
+            if self.path.startswith(f"/api/models/me/tiny/revision/{COMMIT}"):
+                siblings = [{"rfilename": name} for name in files]
+                body = json.dumps({"id": "me/tiny", "sha": COMMIT, "siblings": siblings}).encode()
+            elif self.path.startswith(f"/me/tiny/resolve/{COMMIT}/"):
+                name = self.path.rpartition("/")[2]
+                asked.add(name)
+                body = (tiny_encoder / name).read_bytes()
+                headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
+            self.send_response(200 if body else 404)
+            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    yield asked
+    server.shutdown()
+
+
+def fetch_from_hub(name: str, tmp_path: Path) -> str:
+    """Fetches in a new process: the hub's library reads its settings when it is imported."""
+    script = f"""
+from pathlib import Path
+from edgebert_pipeline.fetch import FetchError, fetch_checkpoint
+from edgebert_pipeline.recipe import Source
+try:
+    print(fetch_checkpoint(Source(hub={name!r}, revision={COMMIT!r}), Path()))
+except FetchError as exc:
+    print("refused:", exc)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    return done.stdout.strip()
+
+
+def test_a_hub_model_comes_at_its_commit_without_code_or_pickles(
+    hub: set[str], tmp_path: Path, tiny_encoder: Path
+) -> None:
+    found = Path(fetch_from_hub("me/tiny", tmp_path))
+    assert open_checkpoint(found).sha256 == open_checkpoint(tiny_encoder).sha256
+    assert hub == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_hub_that_lacks_the_model_is_named_with_what_to_do(hub: set[str], tmp_path: Path) -> None:
+    said = fetch_from_hub("me/none", tmp_path)
+    assert re.match(r"refused: hub model me/none at \w+ cannot be fetched: .*404", said)
+    assert "name the directory with model.path" in said
+    assert hub == set()
