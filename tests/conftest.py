@@ -24,6 +24,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # One thread is fastest for models this tiny, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps the tests, and the processes that they start, out of the user's cache."""
+    os.environ["EDGEBERT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 TASKS = {
     "single": Task(kind="single_label", labels=("negative", "positive"), text_pair=False),
     "multi": Task(

@@ -11,9 +11,10 @@ import select
 import signal
 import sys
 import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from edgebert_runtime import Classifier, EdgebertError, InputError
 from edgebert_runtime.bundle import MANIFEST_HASH
@@ -62,7 +63,7 @@ def label(classifier: Classifier, lines: list[bytes]) -> list[dict[str, Any]]:
     """Answers each line, in order; one that cannot be labelled gets an error for an answer."""
     try:
         texts: Any = [to_text(line, classifier.task.text_pair) for line in lines]
-        return [asdict(prediction) for prediction in classifier.predict(texts)]
+        return [msgspec.to_builtins(prediction) for prediction in classifier.predict(texts)]
     except InputError as exc:
         if len(lines) == 1:
             return [{"error": str(exc)}]

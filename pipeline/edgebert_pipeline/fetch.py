@@ -21,21 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-import platformdirs
-
 from edgebert_export.checkpoint import CHECKPOINT_FILES
 from edgebert_pipeline.errors import FetchError
 from edgebert_pipeline.recipe import RowsSource, Source
+from edgebert_runtime.cache import cache_dir
 
-__all__ = ["cache_dir", "fetch_checkpoint", "fetch_rows_file", "reason_of"]
+__all__ = ["fetch_checkpoint", "fetch_rows_file", "reason_of"]
 
 Progress = Callable[[int, int], None]
-
-
-def cache_dir() -> Path:
-    """Where fetched files are kept; ``EDGEBERT_CACHE_DIR`` overrides the user's cache directory."""
-    override = os.environ.get("EDGEBERT_CACHE_DIR")
-    return Path(override) if override else platformdirs.user_cache_path("edgebert")
 
 
 def fetch_checkpoint(source: Source, base: Path, on_progress: Progress | None = None) -> Path:

@@ -13,28 +13,36 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from edgebert_runtime.errors import BundleError
 from edgebert_runtime.manifest import Manifest, decode_manifest
+
+if TYPE_CHECKING:
+    import io
+    import tarfile
 
 __all__ = ["MANIFEST", "MANIFEST_HASH", "Bundle"]
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 _MANIFEST_LIMIT_BYTES = 16 * 1024 * 1024
-_CHUNK_BYTES = 1024 * 1024
+# Large, as each chunk waits twice for the interpreter's lock when another thread is at work.
+_CHUNK_BYTES = 8 * 1024 * 1024
 
 
 class _Storage(Protocol):
-    """Where a bundle's files lie: their sizes by path, and a stream over one of them."""
+    """Where a bundle's files lie: their sizes by path, and a stream over one of them.
+
+    ``stamps`` differs once a file was written to or replaced.
+    """
 
     sizes: dict[str, int]
+    stamps: tuple[object, ...]
 
-    def open(self, path: str) -> BinaryIO: ...
+    def open(self, path: str) -> io.FileIO: ...
 
 
 class _Directory:
@@ -42,44 +50,53 @@ class _Directory:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self.sizes = dict(self._walk(root, ""))
+        found = dict(sorted(self._walk(root, "")))
+        self.sizes = {path: state.st_size for path, state in found.items()}
+        self.stamps: tuple[object, ...] = tuple(
+            (path, *_stamp(state)) for path, state in found.items()
+        )
 
-    def _walk(self, directory: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    def _walk(self, directory: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
         with os.scandir(directory) as entries:
             for entry in entries:
                 path = prefix + entry.name
-                mode = entry.stat(follow_symlinks=False).st_mode
+                state = entry.stat(follow_symlinks=False)
+                mode = state.st_mode
                 if stat.S_ISDIR(mode):
                     yield from self._walk(Path(entry.path), path + "/")
                 elif stat.S_ISREG(mode):
-                    yield path, entry.stat(follow_symlinks=False).st_size
+                    yield path, state
                 else:
                     kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
                     raise BundleError(f"{self._root}: {path} is {kind}; bundles hold plain files")
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str) -> io.FileIO:
         # O_NOFOLLOW: a file that was swapped for a link after the walk is refused, too.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        return os.fdopen(os.open(self._root / path, flags), "rb")
+        return os.fdopen(os.open(self._root / path, flags), "rb", buffering=0)
+
+
+def _stamp(state: os.stat_result) -> tuple[int, ...]:
+    return (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 class _Tar:
     """A bundle packed as one uncompressed tar file; nothing is unpacked to disk."""
 
     def __init__(self, path: Path) -> None:
+        import tarfile  # brings half of the standard library, and most bundles are directories
+
         self._path = path
         self._members: dict[str, tarfile.TarInfo] = {}
-        with self._archive() as archive:
-            for member in archive:
-                name = member.name.removeprefix("./")
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise BundleError(f"{path}: {name} is not a plain file")
-                if name in self._members:
-                    raise BundleError(f"{path}: {name} is in the archive twice")
-                self._members[name] = member
+        try:
+            with tarfile.open(path, mode="r:") as archive:
+                self._add_members(archive)
+        except tarfile.TarError as exc:
+            raise BundleError(
+                f"{path} is neither a bundle directory nor a whole uncompressed .tar: {exc}"
+            ) from exc
         self._strip_top_directory()
+        self.stamps: tuple[object, ...] = _stamp(path.stat())
         self.sizes = {name: member.size for name, member in self._members.items()}
 
     def _strip_top_directory(self) -> None:
@@ -89,17 +106,20 @@ class _Tar:
                 name.partition("/")[2]: member for name, member in self._members.items()
             }
 
-    def _archive(self) -> tarfile.TarFile:
-        try:
-            return tarfile.open(self._path, mode="r:")
-        except tarfile.TarError as exc:
-            raise BundleError(
-                f"{self._path} is neither a bundle directory nor an uncompressed .tar: {exc}"
-            ) from exc
+    def _add_members(self, archive: tarfile.TarFile) -> None:
+        for member in archive:
+            name = member.name.removeprefix("./")
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                raise BundleError(f"{self._path}: {name} is not a plain file")
+            if name in self._members:
+                raise BundleError(f"{self._path}: {name} is in the archive twice")
+            self._members[name] = member
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str) -> io.FileIO:
         member = self._members[path]
-        stream = open(self._path, "rb")  # noqa: SIM115 - the caller closes it
+        stream = open(self._path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
         stream.seek(member.offset_data)
         return stream
 
@@ -111,12 +131,14 @@ class Bundle:
         path: As given to ``open``.
         manifest: The decoded manifest.
         digest: SHA-256 of ``manifest.json``; it names this bundle and every byte in it.
+        stamps: Where and when each file was written; differs once one was written to.
     """
 
     def __init__(self, path: Path, storage: _Storage, manifest: Manifest, digest: str) -> None:
         self.path = path
         self.manifest = manifest
         self.digest = digest
+        self.stamps = storage.stamps
         self._storage = storage
         self._entries = {entry.path: entry for entry in manifest.files}
 
@@ -139,7 +161,7 @@ class Bundle:
             else:
                 raise BundleError(f"{root}: there is no bundle there")
             manifest, digest = _read_manifest(root, storage)
-        except (OSError, tarfile.TarError, RecursionError) as exc:
+        except (OSError, RecursionError) as exc:
             raise BundleError(f"{root} cannot be read: {exc}") from exc
         bundle = cls(root, storage, manifest, digest)
         bundle._check_listing()
@@ -179,22 +201,21 @@ class Bundle:
         self._check_hash(path, hashlib.sha256(data).hexdigest())
         return data
 
-    def verify(self, *, skip: tuple[str, ...] = ()) -> None:
-        """Hashes every listed file but those in ``skip`` (which ``read`` has checked already).
+    def verify(self) -> None:
+        """Hashes every listed file.
 
         Raises:
             BundleError: A file has other bytes than the manifest says.
         """
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
         for entry in self.manifest.files:
-            if entry.path in skip:
-                continue
             digest = hashlib.sha256()
             left = entry.size_bytes
             try:
                 with self._storage.open(entry.path) as stream:
-                    while left and (chunk := stream.read(min(_CHUNK_BYTES, left))):
-                        digest.update(chunk)
-                        left -= len(chunk)
+                    while left and (count := stream.readinto(buffer[: min(_CHUNK_BYTES, left)])):
+                        digest.update(buffer[:count])
+                        left -= count
             except OSError as exc:
                 raise BundleError(f"{self.path}: {entry.path} cannot be read: {exc}") from exc
             self._check_hash(entry.path, digest.hexdigest())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from types import TracebackType
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from edgebert_runtime.bundle import Bundle
+from edgebert_runtime.cache import is_known_whole, remember_whole
 from edgebert_runtime.device import Choice, choose, gather_facts
 from edgebert_runtime.encoder import Encoded, Text, TextEncoder
 from edgebert_runtime.errors import BundleError, DeviceError, InputError
@@ -21,16 +19,18 @@ from edgebert_runtime.manifest import Task
 from edgebert_runtime.onnx_session import OnnxSession
 from edgebert_runtime.session import Session
 
-__all__ = ["Classifier", "Prediction", "Stats"]
+if TYPE_CHECKING:
+    from types import TracebackType
 
-_log = logging.getLogger("edgebert")
+    from numpy.typing import NDArray
+
+__all__ = ["Classifier", "Prediction", "Stats"]
 
 _CHUNK_TEXTS = 4096
 """Texts that are tokenised and sorted by length at a time, so that memory stays bounded."""
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(msgspec.Struct, frozen=True):
     """What the model says of one text.
 
     Attributes:
@@ -44,8 +44,7 @@ class Prediction:
     labels: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(msgspec.Struct, frozen=True):
     """What a classifier has done since it was loaded.
 
     Attributes:
@@ -124,32 +123,28 @@ class Classifier:
             raise InputError(f"intra_op_threads is {intra_op_threads}; it must be at least 1")
         _check_batch_size(batch_size)
         bundle = Bundle.open(path)
+        # The files that are parsed are hashed when they are read; the rest beside the loading.
+        rest = None if is_known_whole(bundle) else _Background(bundle.verify)
+        choice = choose(bundle.manifest, gather_facts(), device, variant)
 
-        def start(choice: Choice) -> Session:
-            session = OnnxSession(
-                bundle.read(choice.variant.model),
-                device=choice.device,
-                intra_op_threads=intra_op_threads,
-            )
+        def start(chosen: Choice) -> Session:
+            data = bundle.read(chosen.variant.model)
+            session = OnnxSession(data, device=chosen.device, intra_op_threads=intra_op_threads)
             _check_belongs(session, bundle)
             return session
 
         def on_cpu() -> Choice:
             return choose(bundle.manifest, gather_facts(), "cpu", variant)
 
-        choice = choose(bundle.manifest, gather_facts(), device, variant)
-        used = [bundle.manifest.tokenizer, choice.variant.model]
-        # The rest is hashed beside the loading, which costs the start little; one damaged byte
-        # anywhere still refuses the bundle.
-        with ThreadPoolExecutor(1) as pool:
-            rest = pool.submit(bundle.verify, skip=tuple(used))
-            encoder = encoder_for(bundle)
-            session, choice = _start_session(choice, start, on_cpu if device == "auto" else None)
+        encoder = encoder_for(bundle)
+        session, choice = _start_session(choice, start, on_cpu if device == "auto" else None)
+        if rest is not None:
             try:
-                rest.result()
+                rest.join_or_raise()
             except BundleError:
                 session.close()
                 raise
+            remember_whole(bundle)
         return cls(
             session,
             encoder,
@@ -262,6 +257,28 @@ def encoder_for(bundle: Bundle) -> TextEncoder:
     )
 
 
+class _Background(threading.Thread):
+    """Calls a function in a thread of its own."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._fault: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._function()
+        except Exception as exc:
+            self._fault = exc
+
+    def join_or_raise(self) -> None:
+        """Waits for the function to end, and raises what it raised."""
+        self.join()
+        if self._fault is not None:
+            raise self._fault
+
+
 def _start_session(
     choice: Choice, start: Callable[[Choice], Session], fallback: Callable[[], Choice] | None
 ) -> tuple[Session, Choice]:
@@ -273,7 +290,11 @@ def _start_session(
             raise
         reason = f"{choice.device}: {exc}"
         second = fallback()
-        _log.warning("falling back to the CPU, variant %s: %s", second.variant.name, reason)
+        import logging  # here: a start that goes well does not pay for it
+
+        logging.getLogger("edgebert").warning(
+            "falling back to the CPU, variant %s: %s", second.variant.name, reason
+        )
         second = Choice("cpu", second.variant, (*choice.passed_over, reason))
         return start(second), second
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
-from importlib import metadata
+import sys
 from typing import Literal
+
+import msgspec
 
 from edgebert_runtime.errors import DeviceError, InputError
 from edgebert_runtime.manifest import Manifest, Variant
@@ -24,10 +25,10 @@ DeviceName = Literal["cpu", "cuda"]
 DEVICES = ("auto", "cpu", "cuda")
 _BEST_FIRST: tuple[DeviceName, ...] = ("cuda", "cpu")
 _WHEELS = ("onnxruntime", "onnxruntime-gpu")
+_METADATA = (".dist-info", ".egg-info")
 
 
-@dataclass(frozen=True)
-class DeviceFacts:
+class DeviceFacts(msgspec.Struct, frozen=True):
     """What this machine offers; the only input to ``choose`` besides the bundle.
 
     Attributes:
@@ -43,8 +44,7 @@ class DeviceFacts:
     providers: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """What ``choose`` decided.
 
     Attributes:
@@ -58,16 +58,27 @@ class Choice:
     passed_over: tuple[str, ...]
 
 
-def onnxruntime_distributions() -> tuple[str, ...]:
-    """Returns which of ONNX Runtime's wheels, which overwrite each other, are installed."""
-    found = []
-    for name in _WHEELS:
+def onnxruntime_distributions() -> dict[str, str]:
+    """Returns which of ONNX Runtime's wheels, which overwrite each other, are installed.
+
+    Looks for their metadata where Python looks for packages: ``importlib.metadata`` would tell,
+    too, but importing it takes longer than the rest of the start.
+
+    Returns:
+        Versions by name.
+    """
+    found: dict[str, str] = {}
+    for directory in sys.path:
         try:
-            metadata.distribution(name)
-        except metadata.PackageNotFoundError:
+            entries = os.listdir(directory or ".")  # noqa: PTH208 - names are all it needs
+        except OSError:  # not a directory, or not there
             continue
-        found.append(name)
-    return tuple(found)
+        for entry in entries:
+            name, _, rest = entry.partition("-")
+            name = name.lower().replace("_", "-")
+            if name in _WHEELS and rest.endswith(_METADATA):
+                found.setdefault(name, rest.rpartition(".")[0])
+    return dict(sorted(found.items()))
 
 
 def gather_facts() -> DeviceFacts:
@@ -75,12 +86,11 @@ def gather_facts() -> DeviceFacts:
     from edgebert_runtime.onnx_session import import_onnxruntime
 
     ort = import_onnxruntime()
+    found = onnxruntime_distributions()
     return DeviceFacts(
         machine=platform.machine(),
         cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-        onnxruntime=tuple(
-            f"{name} {metadata.version(name)}" for name in onnxruntime_distributions()
-        ),
+        onnxruntime=tuple(f"{name} {version}" for name, version in found.items()),
         providers=tuple(ort.get_available_providers()),
     )
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edgebert_runtime.errors import BundleError, InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["Encoded", "Text", "TextEncoder"]
 
@@ -19,8 +22,7 @@ Text = str | tuple[str, str]
 _CHECKED_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(msgspec.Struct, frozen=True):
     """One tokenised text.
 
     Attributes:

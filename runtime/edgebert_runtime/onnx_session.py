@@ -25,7 +25,7 @@ def import_onnxruntime() -> Any:
             other's files, so that what loads depends on the order of installation
             (microsoft/onnxruntime#26996).
     """
-    found = onnxruntime_distributions()
+    found = list(onnxruntime_distributions())
     if len(found) > 1:
         raise MissingExtraError(
             f"{' and '.join(found)} are both installed and overwrite each other's files. "

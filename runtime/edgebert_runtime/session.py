@@ -7,16 +7,20 @@ backend needs besides them is its constructor's affair.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Inputs", "Outputs", "Session"]
 
-Inputs = Mapping[str, NDArray[np.int64]]
-Outputs = Mapping[str, NDArray[Any]]
+# As text: the type checker reads it, and importing numpy.typing would slow every start.
+Inputs: TypeAlias = "Mapping[str, NDArray[np.int64]]"
+Outputs: TypeAlias = "Mapping[str, NDArray[Any]]"
 
 
 class Session(Protocol):

@@ -72,10 +72,10 @@ def test_the_full_wheel_holds_export_and_pipeline_and_not_the_runtime(
     assert contents(wheels["edgebert"]) == expected
 
 
-def test_the_runtime_needs_four_small_packages(wheels: dict[str, Path]) -> None:
+def test_the_runtime_needs_five_small_packages(wheels: dict[str, Path]) -> None:
     requirements = metadata_of(wheels["edgebert_runtime"]).get_all("Requires-Dist") or []
     plain = {re.split(r"[^\w.-]", r)[0] for r in requirements if "extra ==" not in r}
-    assert plain == {"click", "msgspec", "numpy", "tokenizers"}
+    assert plain == {"click", "msgspec", "numpy", "platformdirs", "tokenizers"}
 
 
 def test_the_full_distribution_pins_the_runtime_of_the_same_version(
@@ -93,7 +93,7 @@ def test_the_full_distribution_pins_the_runtime_of_the_same_version(
 def test_the_runtime_installs_alone_and_says_which_extra_is_missing(
     wheels: dict[str, Path], tiny_bundles: dict[str, Path], tmp_path: Path
 ) -> None:
-    """In an environment with the runtime's four requirements and without ONNX Runtime."""
+    """In an environment with the runtime's five requirements and without ONNX Runtime."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run(

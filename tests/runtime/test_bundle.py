@@ -667,3 +667,28 @@ def test_a_manifest_of_unreasonable_size_is_refused_without_parsing_it(
     (bundle / "manifest.json").write_bytes(json.dumps(manifest).encode() + padding)
     sign_manifest(bundle)
     assert "more than any manifest needs" in refusal(bundle)
+
+
+def test_a_bundle_that_was_whole_is_checked_again_once_a_file_was_written_to(
+    copy_bundle, add_variant, tmp_path: Path
+) -> None:
+    bundle = copy_bundle("single")
+    add_variant(bundle, "spare")
+    Classifier.load(bundle, variant="fp32").close()
+    spare = bundle / "models" / "spare.onnx"
+    before = spare.stat()
+    data = bytearray(spare.read_bytes())
+    data[len(data) // 2] ^= 1
+    spare.write_bytes(data)
+    os.utime(spare, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(BundleError, match=r"models/spare\.onnx was altered"):
+        Classifier.load(bundle, variant="fp32")
+
+
+def test_a_bundle_loads_where_nothing_can_be_remembered(
+    tiny_bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with Classifier.load(tiny_bundles["single"]) as classifier:
+        assert len(classifier.predict(["a", "b"])) == 2

@@ -1,0 +1,55 @@
+"""The user's cache directory, and the memory there of bundles that were whole when last seen.
+
+Hashing every byte of a bundle takes longer than all the rest of a start. So ``Classifier.load``
+hashes the files that it parses each time, and the others only if the bundle has been written to
+since they were last hashed: size, inode, and times of modification and change of every file
+are compared. A write changes a file's change time, which programs cannot set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from edgebert_runtime.bundle import Bundle
+
+__all__ = ["cache_dir", "is_known_whole", "remember_whole"]
+
+_MOST_REMEMBERED = 256
+
+
+def cache_dir() -> Path:
+    """Where edgebert keeps what it can make again; ``EDGEBERT_CACHE_DIR`` overrides the place."""
+    override = os.environ.get("EDGEBERT_CACHE_DIR")
+    if override:
+        return Path(override)
+    if sys.platform == "linux":  # as platformdirs does, whose import would slow every start
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgebert"
+    import platformdirs
+
+    return platformdirs.user_cache_path("edgebert")
+
+
+def is_known_whole(bundle: Bundle) -> bool:
+    """Whether every byte of ``bundle`` was checked, and no file was written to since then."""
+    return _mark(bundle).is_file()
+
+
+def remember_whole(bundle: Bundle) -> None:
+    """Notes that every byte of ``bundle`` was checked; does nothing where nothing can be kept."""
+    mark = _mark(bundle)
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        marks = sorted(mark.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in marks[:-_MOST_REMEMBERED]:
+            old.unlink(missing_ok=True)
+    except OSError:  # a read-only or full disk: the next start hashes again
+        return
+
+
+def _mark(bundle: Bundle) -> Path:
+    state = repr((bundle.digest, bundle.stamps)).encode()
+    return cache_dir() / "whole" / hashlib.sha256(state).hexdigest()
