@@ -13,7 +13,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: constraints.txt pyproject.toml runtime/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "edgebert needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, say")'
 	@echo "installing into $(VENV): some minutes, about 2 GB with PyTorch's CPU build"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	    --build-constraint constraints.txt \
@@ -23,12 +23,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml runtime/pyproject.toml
 export: install
 	$(BIN)/edgebert export $(RECIPE) --out $(OUT)
 
-# The tests that start processes of their own report their coverage, too.
 test: install
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/pytest --cov --cov-report=term
 
 lint: install
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,9 +108,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = read_config(path / "config.json")
     if not (path / "tokenizer.json").is_file() and not (path / "vocab.txt").is_file():
         raise CheckpointError(f"{path} has neither tokenizer.json nor vocab.txt")
-    shapes = _weight_shapes(weights)
-    _check_size(path, config.architecture, shapes)
-    has_head = any(name.startswith("classifier.") for name in shapes)
+    names = _weight_names(weights)
+    _check_layers(path, config.architecture, names)
+    has_head = any(name.startswith("classifier.") for name in names)
     return Checkpoint(
         path=path,
         architecture=config.architecture,
@@ -131,36 +132,32 @@ def _why_no_weights(path: Path) -> str:
     return f"{path} has no model.safetensors"
 
 
-def _weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _weight_names(path: Path) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as weights:
-            return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            return list(weights.keys())
     except (OSError, SafetensorError) as exc:
         raise CheckpointError(f"{path} is not a whole safetensors file: {exc}") from exc
 
 
-def _check_size(path: Path, architecture: Architecture, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuses a configuration that describes a larger model than the file holds.
+def _check_layers(path: Path, architecture: Architecture, weights: Iterable[str]) -> None:
+    """Refuses a configuration with other layers than the file, or that contradicts itself.
 
-    Building it would take the memory that the configuration asks for, before any weight is
-    compared.
+    Sizes are compared by ``load_model``, on a model that takes no memory; but the number of
+    layers costs time even there.
     """
-    layers = {int(found[1]) for name in shapes if (found := re.search(r"\blayer\.(\d+)\.", name))}
+    layers = {int(found[1]) for name in weights if (found := re.search(r"\blayer\.(\d+)\.", name))}
     if len(layers) != architecture.layers:
         raise CheckpointError(
             f"{path}: config.json says {architecture.layers} layers, model.safetensors has "
             f"{len(layers)}"
         )
-    largest = max(
-        value
-        for value in msgspec.to_builtins(architecture).values()
-        if isinstance(value, int) and not isinstance(value, bool)
-    )
-    if largest > max((size for shape in shapes.values() for size in shape), default=0):
+    if (architecture.pad_token_id or 0) >= architecture.vocab_size:
         raise CheckpointError(
-            f"{path}: config.json has a size of {largest}, more than any in model.safetensors"
+            f"{path}: config.json says pad_token_id {architecture.pad_token_id} and "
+            f"{architecture.vocab_size} tokens"
         )
 
 
@@ -298,36 +295,46 @@ def load_model(
     try:
         config = config_class(**values)
         config._attn_implementation = attention
-        model: Any = model_class(config)
+        with torch.device("meta"):  # shapes without memory, whatever config.json asks for
+            expected = {n: w.shape for n, w in model_class(config).state_dict().items()}
         weights = load_file(checkpoint.path / "model.safetensors")
-    except (TypeError, ValueError, AttributeError, OSError, SafetensorError) as exc:
+        renamed = {_modern_name(name, checkpoint.model_type): w for name, w in weights.items()}
+        if new_head:  # another task's head must not leak into this one; a pooler is worth keeping
+            renamed = {k: v for k, v in renamed.items() if not k.startswith("classifier.")}
+        _check_weights(checkpoint.path, expected, renamed, new_head=new_head)
+        model: Any = model_class(config)
+    except (TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as exc:
         raise CheckpointError(f"{checkpoint.path} cannot be loaded: {exc}") from exc
-    renamed = {_modern_name(name, checkpoint.model_type): w for name, w in weights.items()}
-    expected = model.state_dict()
-    heads = ("classifier.", "pre_classifier.", "bert.pooler.")
-    fresh = {name for name in expected if new_head and name.startswith(heads)}
-    if new_head:  # another task's head must not leak into this one; a pooler is worth keeping
-        renamed = {k: v for k, v in renamed.items() if not k.startswith("classifier.")}
-    missing = sorted(expected.keys() - renamed.keys() - fresh)
-    unknown = sorted(
-        name for name in renamed.keys() - expected.keys() if not name.startswith(_IGNORED_WEIGHTS)
-    )
-    if missing or unknown:
-        what = f"lacks {missing[0]}" if missing else f"has the unknown weight {unknown[0]}"
-        raise CheckpointError(f"{checkpoint.path}: model.safetensors {what}")
-    for name in expected.keys() & renamed.keys():
-        if renamed[name].shape != expected[name].shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {list(renamed[name].shape)}, config.json "
-                f"says {list(expected[name].shape)}"
-            )
-        if not bool(torch.isfinite(renamed[name]).all()):
-            raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinity")
     model.load_state_dict(
         {name: renamed[name].float() for name in expected.keys() & renamed.keys()}, strict=False
     )
     classifier: PreTrainedModel = model.eval()
     return classifier
+
+
+def _check_weights(
+    path: Path, expected: dict[str, Any], found: dict[str, Any], *, new_head: bool
+) -> None:
+    """Compares weights with the model that ``config.json`` describes, by name, shape and value."""
+    import torch
+
+    heads = ("classifier.", "pre_classifier.", "bert.pooler.")
+    fresh = {name for name in expected if new_head and name.startswith(heads)}
+    missing = sorted(expected.keys() - found.keys() - fresh)
+    unknown = sorted(
+        name for name in found.keys() - expected.keys() if not name.startswith(_IGNORED_WEIGHTS)
+    )
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has the unknown weight {unknown[0]}"
+        raise CheckpointError(f"{path}: model.safetensors {what}")
+    for name in expected.keys() & found.keys():
+        if found[name].shape != expected[name]:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(found[name].shape)}, config.json says "
+                f"{list(expected[name])}"
+            )
+        if not bool(torch.isfinite(found[name]).all()):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity")
 
 
 def _why_no_match(checkpoint: Checkpoint, task: Task) -> str:

@@ -45,10 +45,10 @@ class Dataset:
     test: tuple[Example, ...]
     calibration: tuple[Example, ...]
 
-    def sha256(self) -> str:
-        """Hash of the task, and of every row, in order, with the split that it belongs to."""
+    def sha256(self, *splits: str) -> str:
+        """Hash of the task and of every row, in order, of ``splits`` (of all if none is named)."""
         digest = hashlib.sha256(repr((self.task.kind, self.task.labels)).encode())
-        for name in ("train", "validation", "test", "calibration"):
+        for name in splits or ("train", "validation", "test", "calibration"):
             digest.update(name.encode())
             for example in getattr(self, name):
                 digest.update(repr((example.text, example.labels)).encode())

@@ -44,9 +44,11 @@ class FinetuneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "takes the checkpoint as it is."
         ),
     ] = "auto"
-    epochs: Annotated[int, Meta(ge=1, description="Most passes over the training rows.")] = 3
+    epochs: Annotated[
+        int, Meta(ge=1, le=1000, description="Most passes over the training rows.")
+    ] = 3
     learning_rate: Annotated[float, Meta(gt=0, description="Peak learning rate of AdamW.")] = 5e-5
-    batch_size: Annotated[int, Meta(ge=1, description="Rows a step.")] = 32
+    batch_size: Annotated[int, Meta(ge=1, le=65536, description="Rows a step.")] = 32
     warmup_ratio: Annotated[
         float, Meta(ge=0, lt=1, description="Share of all steps in which the rate rises.")
     ] = 0.1
@@ -59,7 +61,9 @@ class FinetuneConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         int,
         Meta(ge=1, description="Stop after this many evaluations in a row that are no better."),
     ] = 4
-    seed: Annotated[int, Meta(ge=0, description="Seed of the new head, the order and dropout.")] = 7
+    seed: Annotated[
+        int, Meta(ge=0, le=2**32 - 1, description="Seed of the new head, the order and dropout.")
+    ] = 7
 
 
 class TrainingLog(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,6 +171,7 @@ def finetune(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the sampler and the step count are for one
     train_rows = rows(data.train)
 
     class LengthGroupedTrainer(Trainer):

@@ -31,11 +31,12 @@ class QuantiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def quantise_cpu(model: OnnxModel, config: QuantiseConfig, out: Path) -> OnnxModel:
-    """Writes ``model`` with linear layers (and embeddings) in INT8 for a CPU.
+    """Writes ``model`` with linear layers (and embeddings) in 8 bits for a CPU.
 
-    Weights are signed, symmetric, one scale per output channel: on a fine-tuned 6-layer MiniLM
-    one scale per tensor changed more than twice as many predictions (docs/decisions/0005).
-    Products of two activations, inside attention, stay in FP32.
+    Linear layers: signed, symmetric, one scale per output channel, which changes half as many
+    predictions as one per tensor (docs/decisions/0005). Embedding tables: unsigned, one scale
+    per table, which is all that ONNX Runtime's quantiser makes of a ``Gather``. Products of two
+    activations, inside attention, stay in FP32.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

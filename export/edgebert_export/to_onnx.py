@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ class OnnxModel:
 
     path: Path
     precision: Literal["fp32", "int8"]
+
+    def sha256(self) -> str:
+        """Hash of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,1 +1,6 @@
 """The recipe, the chain of stages, evaluation, the report, and the ``edgebert`` command."""
+
+__all__ = ["STAGES"]
+
+STAGES = ("finetune", "onnx", "quantise", "bundle", "evaluate")
+"""The stages of the chain, in order, as ``--until`` and ``--force`` name them."""

@@ -7,6 +7,7 @@
       .stages/<name>-<key>/                a finished stage's output; never changed
       .stages/work-<name>-<key>/           what a stage keeps between interrupted runs
       .stages/tmp-*                        of a run that is going on, or was killed
+      .stages/aside-<name>                 OUT/<name> while it is being replaced
       .lock  .lock.json                    held by a run, and who that is
 
 A stage's key is a hash of its inputs, its configuration, its code and the libraries that shape
@@ -37,9 +38,29 @@ from edgebert_pipeline.errors import BuildError, RecipeError
 from edgebert_pipeline.progress import Progress, Reporter
 from edgebert_runtime.errors import EdgebertError
 
-__all__ = ["BuildDirectory", "StageRecord", "library_versions", "stage_key"]
+__all__ = [
+    "BuildDirectory",
+    "StageRecord",
+    "disk_is_full",
+    "full_disk_message",
+    "library_versions",
+    "stage_key",
+]
 
-_LIBRARIES = ("numpy", "onnx", "onnxruntime", "optimum-onnx", "tokenizers", "torch", "transformers")
+_LIBRARIES = (
+    "accelerate",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "optimum",
+    "optimum-onnx",
+    "safetensors",
+    "scikit-learn",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 _RECORD = "stage.json"
 _NEARLY_FULL_BYTES = 1024 * 1024
 
@@ -116,8 +137,7 @@ class BuildDirectory:
             self._acquire(wait)
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}
             self._owner.write_text(json.dumps(owner))
-            for left in self._stages.glob("tmp-*"):
-                shutil.rmtree(left)
+            self._recover()
         except OSError as exc:
             raise BuildError(_explain(exc, path)) from exc
 
@@ -174,21 +194,40 @@ class BuildDirectory:
         """
         finished = self._stages / f"{name}-{key}"
         self._used |= {finished.name, self.work_name(name, key)}
+        work = self._stages / self.work_name(name, key)
         if finished.is_dir() and name not in self._force:
+            self._discard(work)  # left if a run was killed just after the stage had ended
             self._reporter.reused(name)
             return finished
         start = time.monotonic()
         with self._reporter.stage(name, what) as progress, self.writing() as partial:
             if name in self._force:
-                shutil.rmtree(self._stages / self.work_name(name, key), ignore_errors=True)
+                self._discard(work)
             produce(partial, progress)
             record = StageRecord(seconds=round(time.monotonic() - start, 3), finished_at=_now())
             (partial / _RECORD).write_bytes(msgspec.json.encode(record))
-            if finished.is_dir():
-                shutil.rmtree(finished)
+            self._discard(finished)
             partial.rename(finished)
-        shutil.rmtree(self._stages / self.work_name(name, key), ignore_errors=True)
+        self._discard(work)
         return finished
+
+    def _discard(self, path: Path) -> None:
+        """Removes a directory whose name says that it is whole, never showing half of it."""
+        if path.is_dir():
+            doomed = Path(tempfile.mkdtemp(prefix="tmp-", dir=self._stages))
+            path.rename(doomed / path.name)
+            shutil.rmtree(doomed)
+
+    def _recover(self) -> None:
+        """Brings back what a killed run had set aside to replace, and removes what it left."""
+        for aside in self._stages.glob("aside-*"):
+            target = self.path / aside.name.removeprefix("aside-")
+            if target.exists():
+                self._discard(aside)
+            else:
+                aside.rename(target)
+        for left in self._stages.glob("tmp-*"):
+            shutil.rmtree(left)
 
     def record(self, finished: Path) -> StageRecord:
         """Returns when a finished stage ran, and for how long."""
@@ -216,52 +255,60 @@ class BuildDirectory:
         except EdgebertError:
             raise
         except Exception as exc:
-            if _disk_is_full(exc, self.path):
-                raise BuildError(_full(self.path)) from exc
+            if disk_is_full(exc, self.path):
+                raise BuildError(full_disk_message(self.path)) from exc
             raise
         finally:
             if partial is not None and partial.exists():
                 shutil.rmtree(partial, ignore_errors=True)
 
     def publish(self, source: Path, name: str) -> Path:
-        """Copies a file or directory of a stage to ``OUT/name``, replacing what is there at once.
+        """Copies a file or directory of a stage to ``OUT/name``, replacing what is there.
+
+        A file is replaced at once. A directory is set aside first, for the blink of an eye in
+        which there is none; a run that is killed in it leaves it to the next run to bring back.
 
         Raises:
             BuildError: The disk is full or cannot be written.
         """
         target = self.path / name
         with self.writing() as partial:
-            new, old = partial / "new", partial / "old"
+            new, aside = partial / "new", self._stages / f"aside-{name}"
             if source.is_dir():
                 shutil.copytree(source, new)
             else:
                 shutil.copyfile(source, new)
             if target.is_dir():
-                target.rename(old)
-            new.replace(target)
+                target.rename(aside)
+            try:
+                new.replace(target)
+            except BaseException:
+                if aside.is_dir():
+                    aside.rename(target)
+                raise
+            self._discard(aside)
         return target
 
     def withdraw(self, name: str) -> None:
-        """Removes ``OUT/name`` if it is there."""
-        target = self.path / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
+        """Removes the directory ``OUT/name`` if it is there."""
+        self._discard(self.path / name)
 
     def remove_unused(self) -> None:
         """Removes outputs that this run did not use: of older recipes, data or code."""
         for path in self._stages.iterdir():
             if path.name not in self._used:
-                shutil.rmtree(path, ignore_errors=True)
+                self._discard(path)
 
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _disk_is_full(exc: BaseException, path: Path) -> bool:
-    """Libraries wrap the error of a full disk in errors of their own; so look at the disk, too."""
+def disk_is_full(exc: BaseException, path: Path) -> bool:
+    """Whether ``exc`` came of a full disk under ``path``.
+
+    Libraries wrap that error in errors of their own, so this looks at the disk, too.
+    """
     seen: BaseException | None = exc
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -272,7 +319,8 @@ def _disk_is_full(exc: BaseException, path: Path) -> bool:
     return shutil.disk_usage(path).free < _NEARLY_FULL_BYTES
 
 
-def _full(path: Path) -> str:
+def full_disk_message(path: Path) -> str:
+    """Returns what to do about a full disk."""
     return (
         f"the disk that holds {path} is full; free some space and run the same command again: "
         "finished stages are kept"
@@ -281,5 +329,5 @@ def _full(path: Path) -> str:
 
 def _explain(exc: OSError, path: Path) -> str:
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _full(path)
+        return full_disk_message(path)
     return f"{path} cannot be used as a build directory: {exc.strerror or exc}"

@@ -10,6 +10,7 @@ from typing import Literal
 import click
 import msgspec
 
+from edgebert_pipeline import STAGES
 from edgebert_pipeline.errors import GateRefusedError, RecipeError
 from edgebert_runtime.cli import COMMANDS, CommandGroup
 
@@ -31,17 +32,17 @@ def main() -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Build directory. [default: build/ and the recipe's name]",
+    help="Build directory. [default: build/ and the name of the recipe's file]",
 )
 @click.option(
     "--until",
-    type=click.Choice(["finetune", "onnx", "quantise", "bundle", "evaluate"]),
+    type=click.Choice(STAGES),
     help="Last stage to run.",
 )
 @click.option(
     "--force",
     multiple=True,
-    type=click.Choice(["finetune", "onnx", "quantise", "bundle", "evaluate"]),
+    type=click.Choice(STAGES),
     help="Run this stage even if it is finished. May be given several times.",
 )
 @click.option("--wait", is_flag=True, help="Wait for another run on the same directory.")
@@ -53,13 +54,13 @@ def export(
     Ends with exit code 3 when the gate refuses the result.
     """
     from edgebert_pipeline.gate import describe_breach
-    from edgebert_pipeline.recipe import load_recipe
     from edgebert_pipeline.report import render_table
     from edgebert_pipeline.run import export as run
 
-    out = out or Path("build") / load_recipe(recipe).name
+    out = out or Path("build") / recipe.stem
     report = run(recipe, out, until=until, force=force, wait=wait)
     if report is None:
+        click.echo(f"stopped after {until}; finished stages are in {out / '.stages'}", err=True)
         return
     click.echo(render_table(report.evaluation))
     refused = [check for check in report.gate if not check.passed]
@@ -104,6 +105,7 @@ def evaluate(
     """Measure every variant of BUNDLE on the labelled rows of DATA."""
     from edgebert_pipeline.data import load_examples
     from edgebert_pipeline.evaluate import evaluate as run
+    from edgebert_pipeline.progress import Reporter
     from edgebert_pipeline.recipe import DataConfig, RowsSource
     from edgebert_pipeline.report import render_table
     from edgebert_runtime.bundle import Bundle
@@ -127,13 +129,16 @@ def evaluate(
         )
     except ValueError as exc:
         raise InputError(str(exc)) from exc
-    found = run(
-        bundle,
-        load_examples(config, rows, Path()),
-        latency_texts=latency_texts,
-        latency_repeats=3,
-        intra_op_threads=threads,
-    )
+    examples = load_examples(config, rows, Path())
+    with Reporter().stage("evaluate", f"{len(examples)} rows, and speed") as progress:
+        found = run(
+            bundle,
+            examples,
+            latency_texts=latency_texts,
+            latency_repeats=3,
+            intra_op_threads=threads,
+            on_progress=progress,
+        )
     click.echo(msgspec.json.encode(found) if as_json else render_table(found))
 
 

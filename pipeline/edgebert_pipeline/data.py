@@ -70,18 +70,18 @@ def load_dataset(config: DataConfig, base: Path) -> tuple[Dataset, DataSummary]:
     for name in ("test", "validation"):
         if name in own:
             moved_out += _drop_seen(own[name], seen)
-            seen |= own[name].keys()
+            seen |= {_side_key(example.text) for example in own[name].values()}
     moved_out += _drop_seen(train, seen)
     splits: dict[str, dict[bytes, Example]] = {"test": {}, "validation": {}, "train": {}, **own}
     for key, example in train.items():
-        splits[_side(key, config)][key] = example
+        splits[_side(_side_key(example.text), config)][key] = example
     for name, rows in splits.items():
         _check_enough(name, tuple(rows.values()), task)
     if config.calibration is None:
         calibration = dict(sorted(splits["train"].items())[:_CALIBRATION_ROWS])
     else:
         calibration = reader.read(config.calibration, labelled=False)
-        moved_out += _drop_seen(calibration, splits["test"].keys())
+        moved_out += _drop_seen(calibration, {_side_key(e.text) for e in splits["test"].values()})
         if not calibration:
             raise DataError("every calibration text is also a test text; give other texts")
     dataset = Dataset(
@@ -137,23 +137,20 @@ class _Reader:
 
     def read(self, source: RowsSource, *, labelled: bool = True) -> dict[bytes, Example]:
         """Reads the distinct texts of ``source``, by the hash that splits them."""
-        found: dict[bytes, Example] = {}
-        contradicted: dict[bytes, int] = {}
+        by_text: dict[bytes, list[Example]] = {}
         for example in self.rows(source, labelled=labelled):
-            key = text_key(example.text)
-            if key not in found:
-                found[key] = example
-            elif found[key].labels == example.labels:
-                self.duplicates += 1
+            by_text.setdefault(text_key(example.text), []).append(example)
+        found: dict[bytes, Example] = {}
+        for key, copies in by_text.items():
+            if all(copy.labels == copies[0].labels for copy in copies):
+                found[key] = copies[0]
+                self.duplicates += len(copies) - 1
             else:
-                contradicted[key] = contradicted.get(key, 1) + 1
-        for key, count in contradicted.items():
-            del found[key]
-            self.contradictions += count
+                self.contradictions += len(copies)
         if self._config.max_rows is not None:
             # Another part of the hash than the one that splits, so that shares stay as they are.
-            kept = sorted(found, key=lambda key: key[16:])[: self._config.max_rows]
-            found = {key: example for key, example in found.items() if key in set(kept)}
+            kept = set(sorted(found, key=lambda key: key[16:])[: self._config.max_rows])
+            found = {key: example for key, example in found.items() if key in kept}
         return found
 
     def _text(self, row: Mapping[str, Any], columns: Sequence[str], where: str) -> Text:
@@ -209,8 +206,13 @@ class _Reader:
         return None
 
 
-def _drop_seen(rows: dict[bytes, Example], seen: set[bytes] | Any) -> int:
-    twice = [key for key in rows if key in seen]
+def _side_key(text: Text) -> bytes:
+    """Hash that decides the side: of a pair, its first text, which rows often share."""
+    return text_key(text if isinstance(text, str) else text[0])
+
+
+def _drop_seen(rows: dict[bytes, Example], seen: set[bytes]) -> int:
+    twice = [key for key, example in rows.items() if _side_key(example.text) in seen]
     for key in twice:
         del rows[key]
     return len(twice)

@@ -17,9 +17,9 @@ from edgebert_runtime.bench import Timing, measure
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.classifier import Classifier, Prediction
 from edgebert_runtime.encoder import Text
-from edgebert_runtime.manifest import Manifest, Task
+from edgebert_runtime.manifest import Task, Variant
 
-__all__ = ["Evaluation", "LabelScores", "VariantScores", "evaluate", "reference_variant"]
+__all__ = ["Evaluation", "LabelScores", "VariantScores", "evaluate", "machine", "reference_variant"]
 
 
 class LabelScores(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,10 +84,10 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str]
 
 
-def reference_variant(manifest: Manifest) -> str:
+def reference_variant(variants: Sequence[Variant]) -> str:
     """Returns the FP32 variant's name, or the first one's when there is none."""
-    fp32 = [item.name for item in manifest.variants if item.precision == "fp32"]
-    return fp32[0] if fp32 else manifest.variants[0].name
+    fp32 = [item.name for item in variants if item.precision == "fp32"]
+    return fp32[0] if fp32 else variants[0].name
 
 
 def evaluate(
@@ -141,7 +141,8 @@ def evaluate(
             ),
         )
     sizes = {entry.path: entry.size_bytes for entry in manifest.files}
-    reference = reference_variant(manifest)
+    measured = [item for item in manifest.variants if item.name in names]
+    reference = reference_variant(measured)
     variants = tuple(
         _score(
             manifest.task,
@@ -154,8 +155,7 @@ def evaluate(
             truncated=truncated[item.name],
             timing=timings[item.name],
         )
-        for item in manifest.variants
-        if item.name in names
+        for item in measured
     )
     return Evaluation(
         rows=len(examples),
@@ -167,7 +167,7 @@ def evaluate(
 
 
 def _spread_over_lengths(texts: Sequence[Text], count: int) -> list[Text]:
-    ordered = sorted(texts, key=lambda text: sum(map(len, text)))
+    ordered = sorted(texts, key=lambda text: len(text if isinstance(text, str) else "".join(text)))
     count = min(count, len(ordered))
     return [ordered[index] for index in np.linspace(0, len(ordered) - 1, count).astype(int)]
 
@@ -225,11 +225,18 @@ def _score(
 
 def _environment() -> dict[str, str]:
     return {
-        "processor": _processor(),
-        "processors": str(os.cpu_count()),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
+        **machine(),
+        "system": f"{platform.system()} {platform.release()}",
         **library_versions(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """What makes a figure of speed comparable: processor, their number, Python."""
+    return {
+        "processor": f"{_processor()} ({platform.machine()})",
+        "processors": str(os.cpu_count()),
+        "python": platform.python_version(),
     }
 
 

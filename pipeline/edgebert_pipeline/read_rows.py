@@ -15,7 +15,7 @@ from typing import Any
 
 from edgebert_export.errors import DataError
 from edgebert_pipeline.errors import FetchError
-from edgebert_pipeline.fetch import fetch_rows_file, reason_of
+from edgebert_pipeline.fetch import fetch_rows_file, reason_of, refuse_local_shadow
 from edgebert_pipeline.recipe import RowsSource
 
 __all__ = ["Row", "read_rows"]
@@ -151,6 +151,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _read_hub(source: RowsSource) -> Iterator[Row]:
     import datasets
 
+    assert source.hub is not None
+    refuse_local_shadow(source.hub)
     try:
         rows = datasets.load_dataset(
             source.hub, source.subset, split=source.split, revision=source.revision

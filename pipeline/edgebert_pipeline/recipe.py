@@ -12,6 +12,7 @@ import re
 import sys
 import types
 import typing
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +46,7 @@ __all__ = [
 _Requirement = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$")]
 _FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 _Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+_HubId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")]
 _Commit = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}$")]
 _Count = Annotated[int, Meta(ge=1)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
@@ -86,7 +88,8 @@ class Source(_Section, frozen=True, kw_only=True):
         ),
     ] = ()
     hub: Annotated[
-        str | None, Meta(description="A Hugging Face hub id, `owner/name`. Needs `revision`.")
+        _HubId | None,
+        Meta(description="A Hugging Face hub id, `owner/name`. Needs `revision`."),
     ] = None
     revision: Annotated[
         _Commit | None,
@@ -146,7 +149,8 @@ class DataConfig(_Section, frozen=True, kw_only=True):
 
     Only `train` is needed: rows for `test` and `validation` are taken out of it by a hash of
     the text, so that a row never changes sides. A text that is also in a `test` or `validation`
-    of its own is dropped from the others.
+    of its own is dropped from the others. Of a pair, the first text decides, so that rows about
+    the same first text stay together.
     """
 
     task: Annotated[
@@ -209,13 +213,20 @@ class DataConfig(_Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.label_values is not None and len(self.label_values) != len(self.labels):
             raise ValueError("label_values needs one value for each of labels")
+        if self.label_values is not None and len(set(map(str, self.label_values))) != len(
+            self.label_values
+        ):
+            raise ValueError("label_values must be distinct")
         if self.label_ranges is not None:
             if self.task != "single_label" or self.label_values is not None:
                 raise ValueError("label_ranges is for a single_label task without label_values")
             if set(self.label_ranges) != set(self.labels):
                 raise ValueError("label_ranges needs one range for each of labels, no other")
-            if any(low > high for low, high in self.label_ranges.values()):
+            ranges = sorted(self.label_ranges.values())
+            if any(low > high for low, high in ranges):
                 raise ValueError("label_ranges: a range is [lowest, highest]")
+            if any(one[1] >= other[0] for one, other in pairwise(ranges)):
+                raise ValueError("label_ranges overlap")
         if self.test_share + self.validation_share >= 1:
             raise ValueError("test_share and validation_share leave nothing to train on")
         self.as_task(None)
@@ -336,7 +347,7 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path} cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise RecipeError(f"{path} is not UTF-8: {exc}") from exc
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise RecipeError(f"{path} is not TOML: {exc}") from exc
     _refuse_unknown_keys(raw, Recipe, "", path)
     try:
@@ -372,6 +383,6 @@ def _in_toml_words(message: str) -> str:
     match = re.fullmatch(r"(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?", message, flags=re.DOTALL)
     assert match is not None
     text, where = match.groups()
-    text = text.replace("Object missing required field", "missing key").replace("`", "'")
-    text = text.replace("`object`", "a table").replace("`array`", "a list")
+    text = text.replace("Object missing required field", "missing key")
+    text = text.replace("`object`", "a table").replace("`array`", "a list").replace("`", "'")
     return f"{where}: {text}" if where else text

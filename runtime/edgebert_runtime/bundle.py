@@ -91,7 +91,7 @@ class _Tar:
         try:
             with tarfile.open(path, mode="r:") as archive:
                 self._add_members(archive)
-        except tarfile.TarError as exc:
+        except (tarfile.TarError, OverflowError, ValueError) as exc:
             raise BundleError(
                 f"{path} is neither a bundle directory nor a whole uncompressed .tar: {exc}"
             ) from exc
@@ -111,7 +111,7 @@ class _Tar:
             name = member.name.removeprefix("./")
             if member.isdir():
                 continue
-            if not member.isreg() or member.issparse():
+            if not member.isreg() or member.issparse() or member.size < 0:
                 raise BundleError(f"{self._path}: {name} is not a plain file")
             if name in self._members:
                 raise BundleError(f"{self._path}: {name} is in the archive twice")

@@ -34,19 +34,22 @@ def cache_dir() -> Path:
 
 def is_known_whole(bundle: Bundle) -> bool:
     """Whether every byte of ``bundle`` was checked, and no file was written to since then."""
-    return _mark(bundle).is_file()
+    try:
+        return _mark(bundle).is_file()
+    except (OSError, RuntimeError):  # no home directory, or none that may be read
+        return False
 
 
 def remember_whole(bundle: Bundle) -> None:
     """Notes that every byte of ``bundle`` was checked; does nothing where nothing can be kept."""
-    mark = _mark(bundle)
     try:
+        mark = _mark(bundle)
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         marks = sorted(mark.parent.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in marks[:-_MOST_REMEMBERED]:
             old.unlink(missing_ok=True)
-    except OSError:  # a read-only or full disk: the next start hashes again
+    except (OSError, RuntimeError):  # read-only, full, or no home: the next start hashes again
         return
 
 

@@ -141,7 +141,7 @@ class Classifier:
         if rest is not None:
             try:
                 rest.join_or_raise()
-            except BundleError:
+            except BaseException:
                 session.close()
                 raise
             remember_whole(bundle)

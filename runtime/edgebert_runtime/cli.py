@@ -38,6 +38,9 @@ class CommandGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; see ``reported_errors``."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal need not know every character
+                stream.reconfigure(errors="backslashreplace")
         return reported_errors(super().invoke, ctx)
 
 

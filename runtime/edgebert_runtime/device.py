@@ -77,7 +77,7 @@ def onnxruntime_distributions() -> dict[str, str]:
             name, _, rest = entry.partition("-")
             name = name.lower().replace("_", "-")
             if name in _WHEELS and rest.endswith(_METADATA):
-                found.setdefault(name, rest.rpartition(".")[0])
+                found.setdefault(name, rest.rpartition(".")[0].partition("-")[0])
     return dict(sorted(found.items()))
 
 
@@ -89,10 +89,16 @@ def gather_facts() -> DeviceFacts:
     found = onnxruntime_distributions()
     return DeviceFacts(
         machine=platform.machine(),
-        cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        cpu_count=_cpu_count(),
         onnxruntime=tuple(f"{name} {version}" for name, version in found.items()),
         providers=tuple(ort.get_available_providers()),
     )
+
+
+def _cpu_count() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def choose(

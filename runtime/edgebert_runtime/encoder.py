@@ -69,6 +69,11 @@ class TextEncoder:
             raise BundleError(f"the model wants inputs that text cannot fill: {sorted(unknown)}")
         # Set once, here: changing a tokenizer while other threads encode is not safe.
         self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        # Truncating a pair makes every combination of what is cut off either side, 2 GB for two
+        # texts of 10,000 words. So a long side is first cut to what could ever be kept of it.
+        self._whole = Tokenizer.from_str(self._tokenizer.to_str()) if text_pair else None
+        self._max_length = max_length
         self._tokenizer.enable_truncation(max_length, strategy="longest_first")
         self._input_names = tuple(input_names)
         self._pad_token_id = pad_token_id
@@ -87,10 +92,27 @@ class TextEncoder:
         """
         self._check(texts, first_index)
         try:
-            encodings = self._tokenizer.encode_batch(list(texts))
+            encodings = self._tokenizer.encode_batch([self._bounded(text) for text in texts])
         except (TypeError, UnicodeEncodeError) as exc:
             raise InputError(f"a text is not valid Unicode: {exc}") from exc
         return [Encoded(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]
+
+    def _bounded(self, text: Text) -> Text:
+        """Cuts a pair to what could be kept of it, so that truncating it gives what it would."""
+        if isinstance(text, str) or self._whole is None or max(map(len, text)) <= self._max_length:
+            return text
+        sides = [self._whole.encode(side, add_special_tokens=False) for side in text]
+        cut = list(text)
+        # Which side is longer matters to ``longest_first``, so the longer one stays longer.
+        least = self._max_length + 1
+        for index in sorted((0, 1), key=lambda index: len(sides[index].ids)):
+            word = sides[index].token_to_word(least) if least < len(sides[index].ids) else None
+            if word is None:
+                least = max(least, len(sides[index].ids))
+                continue
+            cut[index] = text[index][: sides[index].word_to_chars(word)[1]]
+            least = sides[index].word_to_tokens(word)[1]
+        return cut[0], cut[1]
 
     def _check(self, texts: Sequence[Text], first_index: int) -> None:
         for index, text in enumerate(texts, start=first_index):

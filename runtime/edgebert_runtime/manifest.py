@@ -126,7 +126,7 @@ class Provenance(_Strict, frozen=True, kw_only=True):
         edgebert: Version of edgebert that wrote the bundle.
         recipe_sha256: Of what the recipe says, without its evaluation and gate.
         model_sha256: Of the checkpoint that the export started from.
-        data_sha256: Of all labelled rows, in order, with the split each belongs to.
+        data_sha256: Of all rows, in order, with the split each belongs to.
         seed: Seed of fine-tuning; ``None`` when nothing was trained.
         versions: Versions of the libraries that shaped the result.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any, Literal
 
 import numpy as np
@@ -93,7 +92,6 @@ class OnnxSession:
         self._ranks = {spec.name: len(spec.shape) for spec in session.get_inputs()}
         self._outputs = [spec.name for spec in session.get_outputs()]
         self._session: Any = session
-        self._lock = threading.Lock()
 
     @property
     def input_names(self) -> set[str]:
@@ -114,8 +112,7 @@ class OnnxSession:
 
     def close(self) -> None:
         """Frees the model; see ``Session.close``."""
-        with self._lock:
-            self._session = None
+        self._session = None
 
 
 def check_inputs(inputs: Inputs, ranks: dict[str, int]) -> None:

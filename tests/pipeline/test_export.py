@@ -162,7 +162,7 @@ def test_a_checkpoint_with_the_wrong_labels_is_refused(
     assert "finetune.mode" in error
 
 
-def test_the_gate_refuses_with_3_and_leaves_a_good_bundle_alone(
+def test_the_gate_refuses_with_3_and_what_it_refuses_is_not_called_bundle(
     built, write_recipe, edgebert
 ) -> None:
     recipe, out, _ = built
@@ -173,13 +173,17 @@ def test_the_gate_refuses_with_3_and_leaves_a_good_bundle_alone(
     breaches = [line for line in done.stderr.splitlines() if line.startswith("gate: ")]
     assert any(re.search(r"min_accuracy allows 1, got 0\.\d+", line) for line in breaches)
     assert any(re.search(r"int8-cpu: max_size_mb allows 0\.001, got 0\.\d+", b) for b in breaches)
-    assert Bundle.open(out / "bundle").digest == good, "a refused build replaced a good bundle"
-    Bundle.open(out / "bundle.refused").verify()
+    assert not (out / "bundle").exists(), "what is refused now stayed as if it had passed"
+    assert Bundle.open(out / "bundle.refused").digest == good
     assert "Gate refused" in (out / "report.md").read_text()
 
-    shutil.rmtree(out / "bundle")
+    lenient = strict.read_text()
+    shutil.copytree(out / "bundle.refused", out / "bundle")  # of an earlier run that passed
+    strict.write_text(lenient + "[quantise]\nembeddings = false")
     assert edgebert("export", strict, "--out", out).returncode == 3
-    assert not (out / "bundle").exists()
+    assert Bundle.open(out / "bundle").digest == good, "a refused build replaced another's bundle"
+    assert Bundle.open(out / "bundle.refused").digest != good
+    strict.write_text(lenient)
 
     recipe.write_text(recipe.read_text().replace("min_accuracy = 1.0\nmax_size_mb = 0.001", ""))
     assert edgebert("export", recipe, "--out", out).returncode == 0

@@ -20,6 +20,7 @@ import pytest
 from edgebert_export.checkpoint import open_checkpoint
 from edgebert_pipeline.errors import FetchError
 from edgebert_pipeline.fetch import fetch_checkpoint, fetch_rows_file
+from edgebert_pipeline.read_rows import read_rows
 from edgebert_pipeline.recipe import RowsSource, Source
 
 ROWS = b"text,label\nhello,good\n"
@@ -237,3 +238,22 @@ def test_a_hub_that_lacks_the_model_is_named_with_what_to_do(hub: set[str], tmp_
     assert re.match(r"refused: hub model me/none at \w+ cannot be fetched: .*404", said)
     assert "name the directory with model.path" in said
     assert hub == set()
+
+
+def test_unpacked_rows_that_were_altered_are_unpacked_again(registry: Path, tmp_path: Path) -> None:
+    source = rows_source(registry)
+    rows = fetch_rows_file(source, tmp_path)
+    rows.write_bytes(b"text,label\nhello,bad\n")
+    assert fetch_rows_file(source, tmp_path).read_bytes() == ROWS
+
+
+def test_a_hub_id_that_is_a_path_here_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "me" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FetchError, match="is also a path here"):
+        fetch_checkpoint(Source(hub="me/tiny", revision=COMMIT), tmp_path)
+    rows = RowsSource(hub="me/tiny", revision=COMMIT, split="train")
+    with pytest.raises(FetchError, match="is also a path here"):
+        read_rows(rows, tmp_path, [])

@@ -59,6 +59,16 @@ def test_the_reference_describes_every_key_of_the_default_recipe() -> None:
             "one range for each of labels",
         ),
         ('label = "sentiment"', 'label_values = ["0"]', "one value for each of labels"),
+        ('label = "sentiment"', 'label_values = ["1", 1]', "label_values must be distinct"),
+        (
+            'label = "sentiment"',
+            "label_ranges = { negative = [-4.0, 0.0], positive = [0.0, 4.0] }",
+            "label_ranges overlap",
+        ),
+        ("epochs = 2", "seed = 4294967296", "finetune.seed"),
+        ("epochs = 2", f"epochs = {10**22}", "finetune.epochs"),
+        ("[evaluate]", "[[evaluate]]", "evaluate: Expected a table, got a list"),
+        ("[model]", "x = " + "[" * 5000 + "\n[model]", "is not TOML"),
         ("[evaluate]", '[bundle]\nthresholds = "validation"\n[evaluate]', "for multi_label tasks"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -612,3 +614,34 @@ def test_a_tokenizer_that_says_how_to_pad_and_cut_does_not_override_the_manifest
             classifier.scores(texts), classifiers["single"].scores(texts), atol=1e-4
         )
         assert classifier.stats.truncated == 0
+
+
+def test_two_long_texts_as_a_pair_take_no_more_memory_than_short_ones(tiny_bundles) -> None:
+    script = f"""
+import resource
+from edgebert_runtime import Classifier
+with Classifier.load({str(tiny_bundles["pairs"])!r}, device="cpu") as classifier:
+    classifier.predict([("a", "b")])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    classifier.predict([("word " * 20_000, "other " * 20_000)])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, classifier.stats.truncated)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    grown_kb, truncated = map(int, done.stdout.split())
+    assert grown_kb < 100_000
+    assert truncated == 1
+
+
+def test_cutting_a_long_side_first_changes_nothing(encoders, texts_for) -> None:
+    encoder = encoders["pairs"]
+    texts = texts_for["single"]
+    long = [" ".join(texts[start : start + 40]) for start in range(0, 400, 40)]
+    pairs = [*zip(long, texts, strict=False), *zip(texts, long, strict=False)]
+    pairs += zip(long, reversed(long), strict=True)
+    cut = encoder.encode(pairs)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(encoder, "_bounded", lambda text: text)
+        assert cut == encoder.encode(pairs)
+    assert all(row.truncated for row in cut)
