@@ -1,11 +1,11 @@
 """From a new process to the first label: the runtime beside a bare script on the same model.
 
-Usage: python benchmarks/cold_start.py BUNDLE [--runs 15]
+Usage: python benchmarks/cold_start.py BUNDLE [--runs 21]
 
 The bare script uses ``tokenizers`` and ``onnxruntime`` alone, checks no hash, and knows where the
-files lie. Processes of all kinds take turns, after one of each that is not counted; the medians and
-their ratio to the bare script's are printed, with the peak memory of each kind. The runtime hashes
-what it parses at every start, and the rest of the bundle at the first start only.
+files lie. Processes of the two kinds take turns, after one of each that is not counted; medians
+and their ratio to the bare script's are printed, with the peak memory of each kind. The runtime
+hashes what it parses at every start, and the rest of the bundle at the first start only.
 """
 
 from __future__ import annotations
@@ -60,39 +60,40 @@ def run(command: list[str], cache: str) -> tuple[float, float, str]:
     return seconds, usage.ru_maxrss / 1000, printed.strip()
 
 
+def compare(name: str, command: list[str], bare: list[str], runs: int, *, first: bool) -> None:
+    """Runs the two in turn, and prints a row for each and the ratio of their medians."""
+    found: dict[str, list[tuple[float, float, str]]] = {name: [], "bare script": []}
+    with tempfile.TemporaryDirectory() as kept:
+        for turn in range(runs + 1):
+            with tempfile.TemporaryDirectory() as new:
+                results = run(command, new if first else kept), run(bare, kept)
+            if turn:  # the first of each is a warm-up
+                for results_of, result in zip(found.values(), results, strict=True):
+                    results_of.append(result)
+    if len({label for results_of in found.values() for _, _, label in results_of}) != 1:
+        raise SystemExit("the two disagree on the label")
+    medians = {n: statistics.median(seconds for seconds, _, _ in r) for n, r in found.items()}
+    for kind, results_of in found.items():
+        seconds = [result[0] for result in results_of]
+        memory = statistics.median(result[1] for result in results_of)
+        row = f"{medians[kind]:.3f} | {min(seconds):.3f} | {max(seconds):.3f} | {memory:.0f}"
+        print(f"| {kind} | {row} | {medians[kind] / medians['bare script']:.2f} |")
+
+
 def main() -> None:
-    """Runs both kinds in turn and prints a table."""
+    """Prints a table: a usual start, and the first start of a bundle, each beside the script."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--runs", type=int, default=21)
     options = parser.parse_args()
     manifest = Bundle.open(options.bundle).manifest
     model = next(variant for variant in manifest.variants if "cpu" in variant.devices).model
     files = [str(options.bundle / path) for path in (manifest.tokenizer, model)]
     runtime = [sys.executable, "-c", RUNTIME, str(options.bundle)]
-    commands = {
-        "edgebert_runtime": runtime,
-        "edgebert_runtime, first start": runtime,
-        "bare script": [sys.executable, "-c", BARE, *files, *manifest.task.labels],
-    }
-    found: dict[str, list[tuple[float, float, str]]] = {name: [] for name in commands}
-    with tempfile.TemporaryDirectory() as kept:
-        for turn in range(options.runs + 1):
-            for name, command in commands.items():
-                with tempfile.TemporaryDirectory() as new:
-                    result = run(command, new if "first" in name else kept)
-                if turn:
-                    found[name].append(result)
-    labels = {label for results in found.values() for _, _, label in results}
-    if len(labels) != 1:
-        raise SystemExit(f"the two disagree: {labels}")
-    medians = {n: statistics.median(result[0] for result in r) for n, r in found.items()}
+    bare = [sys.executable, "-c", BARE, *files, *manifest.task.labels]
     print("| what | median s | fastest | slowest | peak MB | ratio |\n|---|---|---|---|---|---|")
-    for name, results in found.items():
-        seconds = [result[0] for result in results]
-        memory = statistics.median(result[1] for result in results)
-        row = f"{medians[name]:.3f} | {min(seconds):.3f} | {max(seconds):.3f} | {memory:.0f}"
-        print(f"| {name} | {row} | {medians[name] / medians['bare script']:.2f} |")
+    compare("edgebert_runtime", runtime, bare, options.runs, first=False)
+    compare("edgebert_runtime, first start", runtime, bare, options.runs, first=True)
     print(f"\n{options.runs} processes each, in turn")
 
 
