@@ -32,9 +32,9 @@ from edgebert_pipeline.recipe import Recipe, load_recipe
 from edgebert_pipeline.report import REPORT_VERSION, Report, render_markdown
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cache import cache_dir
+from edgebert_runtime.device import import_onnxruntime
 from edgebert_runtime.errors import BundleError
 from edgebert_runtime.manifest import Provenance, Task
-from edgebert_runtime.onnx_session import import_onnxruntime
 
 __all__ = ["export"]
 
@@ -68,7 +68,7 @@ def export(
     """Builds what a recipe describes: fine-tunes, exports, quantises, bundles, measures, judges.
 
     Writes ``report.json`` and ``report.md`` into ``out``, and ``bundle/`` if the gate passed
-    (``bundle.refused/`` if it did not; a ``bundle/`` from before is left alone then).
+    (``bundle.refused/`` if it did not; an older ``bundle/`` that passed is left alone then).
 
     Args:
         recipe_path: The recipe.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from edgebert_runtime.errors import DeviceError, InputError
+from edgebert_runtime.errors import DeviceError, InputError, MissingExtraError
 from edgebert_runtime.manifest import Manifest, Variant
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "DeviceFacts",
     "choose",
     "gather_facts",
+    "import_onnxruntime",
     "onnxruntime_distributions",
 ]
 
@@ -81,10 +82,32 @@ def onnxruntime_distributions() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def import_onnxruntime() -> Any:
+    """Imports ONNX Runtime.
+
+    Raises:
+        MissingExtraError: It is not installed, or both of its wheels are: they overwrite each
+            other's files, so that what loads depends on the order of installation
+            (microsoft/onnxruntime#26996).
+    """
+    found = list(onnxruntime_distributions())
+    if len(found) > 1:
+        raise MissingExtraError(
+            f"{' and '.join(found)} are both installed and overwrite each other's files. "
+            f"Mend it with: pip uninstall -y {' '.join(found)} && pip install {found[0]}"
+        )
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise MissingExtraError(
+            "ONNX Runtime is not installed. Install it with: pip install 'edgebert-runtime[cpu]' "
+            "(or [gpu] for CUDA)"
+        ) from exc
+    return onnxruntime
+
+
 def gather_facts() -> DeviceFacts:
     """Looks at this machine. Raises what importing ONNX Runtime raises."""
-    from edgebert_runtime.onnx_session import import_onnxruntime
-
     ort = import_onnxruntime()
     found = onnxruntime_distributions()
     return DeviceFacts(

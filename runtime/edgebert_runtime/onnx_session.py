@@ -7,37 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgebert_runtime.device import onnxruntime_distributions
-from edgebert_runtime.errors import BundleError, DeviceError, InputError, MissingExtraError
+from edgebert_runtime.device import import_onnxruntime
+from edgebert_runtime.errors import BundleError, DeviceError, InputError
 from edgebert_runtime.session import Inputs, Outputs
 
-__all__ = ["OnnxSession", "import_onnxruntime"]
+__all__ = ["OnnxSession"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-def import_onnxruntime() -> Any:
-    """Imports ONNX Runtime.
-
-    Raises:
-        MissingExtraError: It is not installed, or both of its wheels are: they overwrite each
-            other's files, so that what loads depends on the order of installation
-            (microsoft/onnxruntime#26996).
-    """
-    found = list(onnxruntime_distributions())
-    if len(found) > 1:
-        raise MissingExtraError(
-            f"{' and '.join(found)} are both installed and overwrite each other's files. "
-            f"Mend it with: pip uninstall -y {' '.join(found)} && pip install {found[0]}"
-        )
-    try:
-        import onnxruntime
-    except ImportError as exc:
-        raise MissingExtraError(
-            "ONNX Runtime is not installed. Install it with: pip install 'edgebert-runtime[cpu]' "
-            "(or [gpu] for CUDA)"
-        ) from exc
-    return onnxruntime
 
 
 class OnnxSession:
