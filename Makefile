@@ -21,7 +21,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml runtime/pyproject.toml
 	touch $@
 
 export: install
-	$(BIN)/edgebert export $(RECIPE) --out $(OUT)
+	$(BIN)/edgebert export "$(RECIPE)" --out "$(OUT)"
 
 test: install
 	$(BIN)/pytest --cov --cov-report=term

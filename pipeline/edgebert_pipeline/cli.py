@@ -74,7 +74,7 @@ def export(
     click.echo(f"bundle: {out / 'bundle'}   report: {out / 'report.md'}", err=True)
 
 
-@main.command()
+@main.command(short_help="Measure a bundle on labelled rows of a file.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--format", "format_", type=click.Choice(["csv", "tsv", "jsonl", "parquet"]))
@@ -142,7 +142,7 @@ def evaluate(
     click.echo(msgspec.json.encode(found) if as_json else render_table(found))
 
 
-@main.command()
+@main.command(short_help="Print the report of a build as Markdown.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def report(run: Path, as_json: bool) -> None:

@@ -8,7 +8,13 @@ from contextlib import contextmanager
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 
 __all__ = ["Progress", "Reporter"]
@@ -59,13 +65,15 @@ class Reporter:
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
             TimeRemainingColumn(),
         )
         with Bars(*columns, console=self._console, transient=True) as bars:
+            task = bars.add_task(name, total=None)  # it pulses until the work can be counted
 
             def progress(done: int, total: int) -> None:
-                task = bars.task_ids[0] if bars.task_ids else bars.add_task(name, total=total)
                 bars.update(task, completed=done, total=total)
 
             yield progress

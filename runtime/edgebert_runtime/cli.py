@@ -82,7 +82,7 @@ def _session_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command()
+@click.command(short_help="Label texts, from arguments or standard input.")
 @_bundle_argument
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @_session_options
@@ -181,7 +181,7 @@ def _decoded(raw: bytes, number: int, source: str) -> str:
         raise InputError(f"{source}, line {number}, is not UTF-8: {exc}") from exc
 
 
-@click.command()
+@click.command(short_help="Time a bundle on this machine.")
 @_bundle_argument
 @_session_options
 @click.option("--texts", "path", type=click.Path(), help="File with one text a line.")
@@ -255,7 +255,7 @@ def inspect(bundle: str, as_json: bool) -> None:
     click.echo(f"digest: {opened.digest} (every file checked)")
 
 
-@click.command()
+@click.command(short_help="Say what would run here, and why.")
 @click.argument("bundle", type=click.Path(), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def doctor(bundle: str | None, as_json: bool) -> None:
