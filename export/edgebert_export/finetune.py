@@ -146,7 +146,8 @@ def finetune(
         return tensors
 
     steps_per_epoch = -(-len(data.train) // config.batch_size)
-    every = max(1, -(-steps_per_epoch // config.evaluations_per_epoch))
+    # Rounded down, so that the last evaluation comes at the end of training or just before it.
+    every = max(1, steps_per_epoch // config.evaluations_per_epoch)
     arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=config.epochs,
