@@ -100,8 +100,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: Something is missing, unsafe or not supported; the message names it.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such directory")
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a checkpoint directory")
+        raise CheckpointError(f"{path} is a file; give the directory that holds the checkpoint")
     weights = path / "model.safetensors"
     if not weights.is_file():
         raise CheckpointError(_why_no_weights(path))

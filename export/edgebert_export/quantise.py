@@ -33,8 +33,8 @@ class QuantiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def quantise_cpu(model: OnnxModel, config: QuantiseConfig, out: Path) -> OnnxModel:
     """Writes ``model`` with linear layers (and embeddings) in 8 bits for a CPU.
 
-    Linear layers: signed, symmetric, one scale per output channel, which changes half as many
-    predictions as one per tensor (docs/decisions/0005). Embedding tables: unsigned, one scale
+    Linear layers: signed, symmetric, one scale per output channel, which changes far fewer
+    predictions than one per tensor (docs/decisions/0005). Embedding tables: unsigned, one scale
     per table, which is all that ONNX Runtime's quantiser makes of a ``Gather``. Products of two
     activations, inside attention, stay in FP32.
     """

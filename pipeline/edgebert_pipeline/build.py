@@ -114,6 +114,16 @@ class BuildDirectory:
         RecipeError: There is something else in it.
     """
 
+    @staticmethod
+    def refuse_foreign(path: Path) -> None:
+        """Raises ``RecipeError`` if ``path`` holds something that is not a build."""
+        if path.is_dir() and ((path / ".stages").is_dir() or not any(path.iterdir())):
+            return
+        if path.exists():
+            raise RecipeError(
+                f"{path} is not empty and no build directory of edgebert; give another --out"
+            )
+
     def __init__(
         self, path: Path, reporter: Reporter, *, force: Sequence[str] = (), wait: bool = False
     ) -> None:
@@ -123,14 +133,7 @@ class BuildDirectory:
         self._stages = path / ".stages"
         self._owner = path / ".lock.json"
         self._used: set[str] = set()
-        if (
-            path.exists()
-            and not self._stages.is_dir()
-            and (not path.is_dir() or any(path.iterdir()))
-        ):
-            raise RecipeError(
-                f"{path} is not empty and no build directory of edgebert; give another --out"
-            )
+        self.refuse_foreign(path)
         try:
             self._stages.mkdir(parents=True, exist_ok=True)
             self._lock = filelock.FileLock(path / ".lock")
@@ -243,6 +246,11 @@ class BuildDirectory:
         path = self._stages / self.work_name(name, key)
         path.mkdir(exist_ok=True)
         return path
+
+    def interrupted(self, name: str, key: str) -> bool:
+        """Whether a killed run of a stage left something to go on from."""
+        work = self._stages / self.work_name(name, key)
+        return work.is_dir() and any(work.iterdir())
 
     @contextmanager
     def writing(self) -> Iterator[Path]:

@@ -54,7 +54,7 @@ def export(
     Ends with exit code 3 when the gate refuses the result.
     """
     from edgebert_pipeline.gate import describe_breach
-    from edgebert_pipeline.report import render_table
+    from edgebert_pipeline.report import NOTHING_LEARNED, render_table
     from edgebert_pipeline.run import export as run
 
     out = out or Path("build") / recipe.stem
@@ -63,6 +63,9 @@ def export(
         click.echo(f"stopped after {until}; finished stages are in {out / '.stages'}", err=True)
         return
     click.echo(render_table(report.evaluation))
+    if report.evaluation.learned_nothing:
+        baseline = report.evaluation.baseline_accuracy
+        click.echo(f"warning: {NOTHING_LEARNED} ({baseline:.4f})", err=True)
     refused = [check for check in report.gate if not check.passed]
     for check in refused:
         click.echo(describe_breach(check), err=True)
@@ -165,14 +168,18 @@ def report(run: Path, as_json: bool) -> None:
 @click.option("--check", type=click.Path(path_type=Path), help="Validate this recipe.")
 @click.option("--reference", is_flag=True, help="Print the reference of all keys, as Markdown.")
 def recipe(check: Path | None, reference: bool) -> None:
-    """Validate a recipe, or print the reference of all keys."""
-    from edgebert_pipeline.recipe import load_recipe
+    """Validate a recipe, or print the reference of all keys.
+
+    Checks every key, and that files named by path are there; rows are not read.
+    """
+    from edgebert_pipeline.recipe import check_paths, load_recipe
     from edgebert_pipeline.recipe_reference import render_reference
 
     if reference:
         click.echo(render_reference(), nl=False)
     elif check is not None:
         found = load_recipe(check)
+        check_paths(found, check)
         click.echo(f"{check}: {found.name}, {found.data.task}, {len(found.data.labels)} labels: ok")
     else:
         raise RecipeError("give --check FILE or --reference")

@@ -75,8 +75,14 @@ def load_dataset(config: DataConfig, base: Path) -> tuple[Dataset, DataSummary]:
     splits: dict[str, dict[bytes, Example]] = {"test": {}, "validation": {}, "train": {}, **own}
     for key, example in train.items():
         splits[_side(_side_key(example.text), config)][key] = example
+    short = [f"{name} {len(rows)}" for name, rows in splits.items() if len(rows) < _FEWEST_ROWS]
+    if short:
+        raise DataError(
+            f"too few rows in a split ({', '.join(short)}; {_FEWEST_ROWS} are needed): give more "
+            "rows, or a larger data.test_share or data.validation_share"
+        )
     for name, rows in splits.items():
-        _check_enough(name, tuple(rows.values()), task)
+        _check_labels(name, tuple(rows.values()), task)
     if config.calibration is None:
         calibration = dict(sorted(splits["train"].items())[:_CALIBRATION_ROWS])
     else:
@@ -230,12 +236,7 @@ def _side(key: bytes, config: DataConfig) -> str:
     return "train"
 
 
-def _check_enough(name: str, rows: Sequence[Example], task: Task) -> None:
-    if len(rows) < _FEWEST_ROWS:
-        raise DataError(
-            f"the {name} split has {len(rows)} rows, at least {_FEWEST_ROWS} are needed; give "
-            f"more rows, or a larger data.{name}_share"
-        )
+def _check_labels(name: str, rows: Sequence[Example], task: Task) -> None:
     counts = label_counts(task, rows)
     missing = [label for label, count in counts.items() if count == 0]
     if task.kind == "single_label" and len(counts) - len(missing) < 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,6 +72,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rows: Test rows.
+        baseline_accuracy: Of always giving the commonest answer; what a model must beat.
         reference: Name of the variant that flips are counted against.
         variants: In the bundle's order.
         intra_op_threads: Threads for one operator; ``None`` when ONNX Runtime decided.
@@ -78,10 +80,17 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     rows: int
+    baseline_accuracy: float
     reference: str
     variants: tuple[VariantScores, ...]
     intra_op_threads: int | None
     environment: dict[str, str]
+
+    @property
+    def learned_nothing(self) -> bool:
+        """Whether the reference is not shown to be better than the commonest answer."""
+        reference = next(item for item in self.variants if item.name == self.reference)
+        return reference.accuracy_low <= self.baseline_accuracy
 
 
 def reference_variant(variants: Sequence[Variant]) -> str:
@@ -159,6 +168,7 @@ def evaluate(
     )
     return Evaluation(
         rows=len(examples),
+        baseline_accuracy=max(Counter(e.labels for e in examples).values()) / len(examples),
         reference=reference,
         variants=variants,
         intra_op_threads=intra_op_threads,

@@ -56,7 +56,7 @@ class Reporter:
             with self._bar(name) as progress:
                 yield progress
         else:
-            yield self._lines(name, start)
+            yield self._lines(name)
         self.seconds[name] = time.monotonic() - start
         self.line(f"{name}: done in {_duration(self.seconds[name])}")
 
@@ -78,16 +78,20 @@ class Reporter:
 
             yield progress
 
-    def _lines(self, name: str, start: float) -> Progress:
-        last = start
+    def _lines(self, name: str) -> Progress:
+        first: tuple[int, float] | None = None
+        last = time.monotonic()
 
         def progress(done: int, total: int) -> None:
-            nonlocal last
+            nonlocal first, last
             now = time.monotonic()
-            if now - last < _LINE_EVERY_S or not done:
+            # From the first call on: loading took its time before, and a resumed run did not do
+            # what was done before.
+            first = first or (done, now)
+            if now - last < _LINE_EVERY_S or done <= first[0]:
                 return
             last = now
-            left = (now - start) / done * max(total - done, 0)
+            left = (now - first[1]) / (done - first[0]) * max(total - done, 0)
             self.line(f"{name}: {done} of {total}, about {_duration(left)} left")
 
         return progress

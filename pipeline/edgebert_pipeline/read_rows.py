@@ -62,6 +62,8 @@ def read_rows(source: RowsSource, base: Path, columns: Sequence[str]) -> Iterato
 
 
 def _read_file(path: Path, source: RowsSource) -> Iterator[Row]:
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; name the file in it")
     if not path.is_file():
         raise DataError(f"{path}: there is no such data file")
     format_ = source.format or _FORMATS.get(path.suffix.lower())

@@ -38,10 +38,19 @@ __all__ = [
     "Recipe",
     "RowsSource",
     "Source",
+    "check_paths",
     "load_recipe",
     "struct_in",
 ]
 
+_PATTERN_IN_WORDS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$": "name==version",
+    r"^[A-Za-z0-9][A-Za-z0-9._+-]*$": "the name of a file, without directories",
+    r"^[0-9a-f]{64}$": "64 lower-case hexadecimal digits",
+    r"^[0-9a-f]{40}$": "a commit, 40 lower-case hexadecimal digits",
+    r"^[A-Za-z0-9][\w.-]*/[\w.-]+$": "owner/name",
+    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": "up to 64 letters, digits, dots, underscores, hyphens",
+}
 # Limits sit on the inner type, where msgspec checks them; descriptions on the field.
 _Requirement = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+$")]
 _FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -200,10 +209,14 @@ class DataConfig(_Section, frozen=True, kw_only=True):
         ),
     ] = None
     test_share: Annotated[
-        float, Meta(gt=0, lt=1, description="Share of `train` that becomes `test`.")
+        float,
+        Meta(gt=0, lt=1, description="Share of `train` that becomes `test`: 20 rows or more."),
     ] = 0.15
     validation_share: Annotated[
-        float, Meta(gt=0, lt=1, description="Share of `train` that becomes `validation`.")
+        float,
+        Meta(
+            gt=0, lt=1, description="Share of `train` that becomes `validation`: 20 rows or more."
+        ),
     ] = 0.1
     max_rows: Annotated[
         _Count | None,
@@ -356,6 +369,25 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {_in_toml_words(str(exc))}") from exc
 
 
+def check_paths(recipe: Recipe, path: Path) -> None:
+    """Checks that what a recipe names by path is there. Raises ``RecipeError``."""
+    data = recipe.data
+    sources = {
+        "model": recipe.model,
+        "data.train": data.train,
+        "data.validation": data.validation,
+        "data.test": data.test,
+        "data.calibration": data.calibration,
+    }
+    for key, source in sources.items():
+        if source is None or source.path is None:
+            continue
+        place = path.parent / source.path
+        if not (place.is_dir() if key == "model" else place.is_file()):
+            kind = "directory" if key == "model" else "file"
+            raise RecipeError(f"{path}: {key}.path: there is no {kind} {place}")
+
+
 def _refuse_unknown_keys(raw: dict[str, Any], struct: type, prefix: str, path: Path) -> None:
     """Finds a key that no section has; msgspec would refuse it, too, but suggest nothing."""
     hints = typing.get_type_hints(struct)
@@ -384,5 +416,7 @@ def _in_toml_words(message: str) -> str:
     assert match is not None
     text, where = match.groups()
     text = text.replace("Object missing required field", "missing key")
+    for pattern, words in _PATTERN_IN_WORDS.items():
+        text = text.replace(f"Expected `str` matching regex {pattern!r}", f"must be {words}")
     text = text.replace("`object`", "a table").replace("`array`", "a list").replace("`", "'")
     return f"{where}: {text}" if where else text

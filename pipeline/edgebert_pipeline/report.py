@@ -15,9 +15,18 @@ from edgebert_pipeline.data import DataSummary
 from edgebert_pipeline.evaluate import Evaluation
 from edgebert_runtime.manifest import Provenance, Task
 
-__all__ = ["REPORT_VERSION", "GateCheck", "Report", "render_markdown", "render_table"]
+__all__ = [
+    "NOTHING_LEARNED",
+    "REPORT_VERSION",
+    "GateCheck",
+    "Report",
+    "render_markdown",
+    "render_table",
+]
 
 REPORT_VERSION = 1
+
+NOTHING_LEARNED = "The model is not shown to be better than always giving the commonest answer."
 
 
 class GateCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +119,10 @@ def render_markdown(report: Report) -> str:
         render_table(evaluation),
         f"Accuracy on {evaluation.rows} test rows that nothing was chosen by"
         + (" (all labels of a text right)" if report.task.kind == "multi_label" else "")
-        + ", with Wilson's 95 % interval. Flips are test rows that a variant answers unlike FP32. "
+        + ", with Wilson's 95 % interval; always giving the commonest answer would reach "
+        f"{evaluation.baseline_accuracy:.4f}. "
+        + (f"**{NOTHING_LEARNED}** " if evaluation.learned_nothing else "")
+        + "Flips are test rows that a variant answers unlike FP32. "
         f"Latency: one text a call, tokenising included, {timing.texts} test texts, median of "
         f"{timing.repeats} rounds; throughput: the same texts in one call, batches of "
         f"{timing.batch_size}. Variants were timed turn by turn in one process. "

@@ -87,7 +87,9 @@ def export(
     """
     reporter = reporter or Reporter()
     recipe = load_recipe(recipe_path)
-    import_onnxruntime()  # before an hour of training, not after it
+    # Before an hour of training, not after it:
+    import_onnxruntime()
+    BuildDirectory.refuse_foreign(out)
     base = recipe_path.parent
     source, dataset, summary = _fetch(recipe, base, reporter)
     for split, count in summary.rows.items():
@@ -148,7 +150,7 @@ def export(
             stages={name: build.record(path) for name, path in stages.items()},
             provenance=provenance,
         )
-        _publish(build, bundle, report)
+        _publish(build, bundle, report, reporter)
         build.remove_unused()
         return report
 
@@ -191,8 +193,10 @@ def _finetune_stage(
         )
         (out / "training.json").write_bytes(msgspec.json.encode(log))
 
-    rows, epochs = len(dataset.train), recipe.finetune.epochs
-    return build.stage("finetune", key, f"{rows} rows, up to {epochs} epochs", produce)
+    what = f"{len(dataset.train)} rows, up to {recipe.finetune.epochs} epochs"
+    if build.interrupted("finetune", key):
+        what += ", going on from the last save of an interrupted run"
+    return build.stage("finetune", key, what, produce)
 
 
 def _read_finetuned(stage: Path) -> tuple[Checkpoint, TrainingLog]:
@@ -311,7 +315,7 @@ def _evaluate_stage(
     return build.stage("evaluate", key, f"{len(dataset.test)} test rows, and speed", produce)
 
 
-def _publish(build: BuildDirectory, bundle: Bundle, report: Report) -> None:
+def _publish(build: BuildDirectory, bundle: Bundle, report: Report, reporter: Reporter) -> None:
     """Puts the report, and the bundle that it judges, where the user looks for them.
 
     Only a bundle that passed is called ``bundle``: what devices pick up is signed off.
@@ -327,6 +331,7 @@ def _publish(build: BuildDirectory, bundle: Bundle, report: Report) -> None:
             build.withdraw("bundle.refused")
         elif _is_copy_of(bundle, build.path / "bundle"):  # it passed a more lenient gate once
             build.withdraw("bundle")
+            reporter.line(f"{build.path / 'bundle'} is this very build: withdrawn")
         for file in ("report.json", "report.md"):
             build.publish(partial / file, file)
 

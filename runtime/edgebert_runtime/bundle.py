@@ -92,8 +92,10 @@ class _Tar:
             with tarfile.open(path, mode="r:") as archive:
                 self._add_members(archive)
         except (tarfile.TarError, OverflowError, ValueError) as exc:
+            with path.open("rb") as stream:
+                packed = "; it is gzip: gunzip it first" if stream.read(2) == b"\x1f\x8b" else ""
             raise BundleError(
-                f"{path} is neither a bundle directory nor a whole uncompressed .tar: {exc}"
+                f"{path} is neither a bundle directory nor a whole uncompressed .tar: {exc}{packed}"
             ) from exc
         self._strip_top_directory()
         self.stamps: tuple[object, ...] = _stamp(path.stat())
@@ -153,6 +155,9 @@ class Bundle:
         storage: _Storage
         try:
             if root.is_dir():
+                if not (root / MANIFEST).exists():
+                    hint = "; did you mean its bundle/?" if (root / "bundle").is_dir() else ""
+                    raise BundleError(f"{root}: {MANIFEST} is missing; this is no bundle{hint}")
                 storage = _Directory(root)
             elif root.is_file():
                 storage = _Tar(root)

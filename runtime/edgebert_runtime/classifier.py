@@ -185,6 +185,8 @@ class Classifier:
         """
         if isinstance(texts, str):
             raise InputError("give a list of texts, not one string: [text]")
+        if not hasattr(texts, "__len__"):
+            raise InputError(f"give a list of texts, not a {type(texts).__name__}")
         logits = np.empty((len(texts), len(self.task.labels)), dtype=np.float32)
         for start in range(0, len(texts), _CHUNK_TEXTS):
             rows = self._encoder.encode(texts[start : start + _CHUNK_TEXTS], first_index=start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -35,6 +36,27 @@ _BENCH_TEXTS = (
 
 class CommandGroup(click.Group):
     """A group whose commands end with edgebert's exit codes, one line on stderr, no traceback."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Runs the program; wrong options, too, are one line."""
+        run: Callable[..., Any] = functools.partial(super().main, standalone_mode=False)
+        if not standalone_mode:
+            return run(*args, **extra)
+        try:
+            result = run(*args, **extra)
+        except click.exceptions.NoArgsIsHelpError as exc:
+            exc.show()
+            sys.exit(exc.exit_code)
+        except click.ClickException as exc:
+            ctx = getattr(exc, "ctx", None)
+            hint = f" (see: {ctx.command_path} --help)" if ctx else ""
+            message = " ".join(exc.format_message().split())
+            click.echo(f"error: {printable(message)}{hint}", err=True)
+            sys.exit(exc.exit_code)
+        except click.Abort:
+            click.echo("stopped; the same command goes on from here", err=True)
+            sys.exit(128 + 2)  # as shells say of a program that ^C (SIGINT) ended
+        sys.exit(result if isinstance(result, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; see ``reported_errors``."""

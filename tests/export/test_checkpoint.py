@@ -159,7 +159,7 @@ def test_an_adapter_beside_a_checkpoint_is_ignored(edited: Edit, tasks: dict[str
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint directory"):
+    with pytest.raises(CheckpointError, match="nowhere: there is no such directory"):
         open_checkpoint(tmp_path / "nowhere")
 
 

@@ -228,7 +228,7 @@ def test_a_single_class_too_few_rows_and_an_unused_label(tmp_path: Path) -> None
     with pytest.raises(DataError, match="has the label 'good'; a classifier needs two"):
         load_dataset(config(same), tmp_path)
     few = write(tmp_path / "few.jsonl", rows_of(60))
-    with pytest.raises(DataError, match=r"split has \d+ rows, at least 20 are needed"):
+    with pytest.raises(DataError, match=r"too few rows in a split \(test \d+, validation"):
         load_dataset(config(few), tmp_path)
     unused = write(tmp_path / "unused.jsonl", rows_of(400))
     with pytest.raises(DataError, match="no row of the train split has the label 'ugly'"):

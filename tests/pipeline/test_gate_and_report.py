@@ -48,7 +48,12 @@ def variant(name: str, correct: int, flips: int, **more: Any) -> VariantScores:
 
 def evaluation(*variants: VariantScores) -> Evaluation:
     return Evaluation(
-        rows=1000, reference="fp32", variants=variants, intra_op_threads=None, environment={}
+        rows=1000,
+        baseline_accuracy=0.5,
+        reference="fp32",
+        variants=variants,
+        intra_op_threads=None,
+        environment={},
     )
 
 
@@ -124,6 +129,20 @@ def test_the_interval_is_wilsons(tiny_bundles, texts_for) -> None:
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert scores.accuracy_low == pytest.approx((centre - spread) / (1 + z * z / n), abs=1e-6)
     assert scores.accuracy_high == pytest.approx((centre + spread) / (1 + z * z / n), abs=1e-6)
+
+
+def test_a_model_that_is_no_better_than_the_commonest_answer_is_called_that(
+    tiny_bundles, texts_for
+) -> None:
+    texts = texts_for["single"][:60]
+    same = [Example(text, (0,)) for text in texts[:45]] + [Example(t, (1,)) for t in texts[45:]]
+    found = evaluate(tiny_bundles["single"], same, latency_texts=2, latency_repeats=1)
+    assert found.baseline_accuracy == 0.75
+    assert found.learned_nothing == (found.variants[0].accuracy_low <= 0.75)
+    good = evaluation(variant("int8", 895, 0), variant("fp32", 900, 0, accuracy_low=0.88))
+    assert not good.learned_nothing
+    bad = evaluation(variant("int8", 895, 0), variant("fp32", 510, 0, accuracy_low=0.48))
+    assert bad.learned_nothing
 
 
 def test_truncated_rows_are_counted(tiny_bundles) -> None:

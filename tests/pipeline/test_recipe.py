@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from edgebert_pipeline import recipe
 from edgebert_pipeline.cli import main
 from edgebert_pipeline.errors import RecipeError
 from edgebert_pipeline.recipe import load_recipe
@@ -47,7 +49,7 @@ def test_the_reference_describes_every_key_of_the_default_recipe() -> None:
         ('labels = ["negative", "positive"]', 'labels = ["one"]', "at least 2 labels"),
         ('labels = ["negative", "positive"]', 'labels = ["a", "a"]', "must be distinct"),
         ('labels = ["negative", "positive"]', "", "data: missing key 'labels'"),
-        ('name = "tiny-single"', 'name = "../x"', "name"),
+        ('name = "tiny-single"', 'name = "../x"', "name: must be up to 64 letters, digits, dots"),
         ('label = "sentiment"', 'task = "multilabel"', "data.task"),
         ("[model]", '[model]\nhub = "a/b"', "exactly one of path, package and hub"),
         ("[model]", '[model]\nmember = ["x"]', "member belongs to package"),
@@ -87,7 +89,7 @@ def test_a_hub_id_needs_a_commit_not_a_branch(write_recipe) -> None:
     path = write_recipe()
     text = re.sub(r'path = "[^"]*encoder[^"]*"', 'hub = "a/b"\nrevision = "main"', path.read_text())
     path.write_text(text)
-    with pytest.raises(RecipeError, match=r"model\.revision"):
+    with pytest.raises(RecipeError, match=r"model\.revision: must be a commit"):
         load_recipe(path)
 
 
@@ -109,10 +111,21 @@ def test_check_validates_and_ends_with_2_on_a_bad_recipe(write_recipe) -> None:
         0,
         f"{path}: tiny-single, single_label, 2 labels: ok\n",
     )
+    text = path.read_text()
+    path.write_text(text.replace("sentences.jsonl", "sentence.jsonl"))
+    gone = CliRunner().invoke(main, ["recipe", "--check", str(path)])
+    assert gone.exit_code == 2
+    assert "data.train.path: there is no file" in gone.output
     path.write_text("x = 1")
     bad = CliRunner().invoke(main, ["recipe", "--check", str(path)])
     assert bad.exit_code == 2
     assert bad.output.count("\n") == 1
+
+
+def test_every_limit_on_the_form_of_a_key_is_told_in_words() -> None:
+    limits = re.findall(r"Meta\(pattern=(r\"[^\"]*\")", Path(recipe.__file__).read_text())
+    limits += re.findall(r"\bpattern=(r\"[^\"]*\")", Path(recipe.__file__).read_text())
+    assert {ast.literal_eval(limit) for limit in limits} == set(recipe._PATTERN_IN_WORDS)
 
 
 def test_the_hash_covers_what_shapes_the_bundle_and_not_the_layout(write_recipe) -> None:
