@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from edgebert_pipeline.run import STAGES, export
+from edgebert_pipeline import STAGES
+from edgebert_pipeline.run import export
 from edgebert_runtime import Classifier
 from edgebert_runtime.bundle import Bundle
 
