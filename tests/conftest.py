@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from edgebert_export.checkpoint import Checkpoint, save_checkpoint
 from edgebert_export.to_onnx import ExportConfig, to_onnx
 from edgebert_export.write_bundle import VariantSource, write_bundle
 from edgebert_runtime.manifest import Provenance, Task
+
+# Nothing here is about how fast the machine is.
+settings.register_profile("edgebert", parent=settings.default, deadline=None)
+settings.load_profile("edgebert")
 
 ROOT = Path(__file__).parent.parent
 CALIBRATION = ROOT / "calibration_data"
