@@ -145,6 +145,22 @@ def tiny_bundles(
 ) -> dict[str, Path]:
     """A bundle with an ``fp32`` variant for each of ``TASKS``; treat it as read-only."""
     root = tmp_path_factory.mktemp("bundles")
+    return {
+        name: _write_tiny_bundle(root / name, checkpoint, TASKS[name])
+        for name, checkpoint in tiny_classifiers.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory, sentences: list[dict[str, Any]]) -> Path:
+    """A bundle for the task ``single`` with other weights than that of ``tiny_bundles``."""
+    root = tmp_path_factory.mktemp("other")
+    texts = [row["text"] for row in sentences]
+    checkpoint = make_checkpoint(root / "checkpoint", texts, TASKS["single"], seed=1)
+    return _write_tiny_bundle(root / "single", checkpoint, TASKS["single"])
+
+
+def _write_tiny_bundle(path: Path, checkpoint: Checkpoint, task: Task) -> Path:
     provenance = Provenance(
         edgebert="0.1.0",
         recipe_sha256="0" * 64,
@@ -153,17 +169,14 @@ def tiny_bundles(
         seed=None,
         versions={},
     )
-    found = {}
-    for name, checkpoint in tiny_classifiers.items():
-        model = to_onnx(checkpoint, TASKS[name], ExportConfig(max_length=64), root / f"{name}.onnx")
-        bundle = write_bundle(
-            root / name,
-            name=f"tiny-{name}",
-            task=TASKS[name],
-            checkpoint=checkpoint,
-            max_length=64,
-            variants={"fp32": VariantSource(model, ("cpu", "cuda"))},
-            provenance=provenance,
-        )
-        found[name] = bundle.path
-    return found
+    model = to_onnx(checkpoint, task, ExportConfig(max_length=64), path.with_suffix(".onnx"))
+    bundle = write_bundle(
+        path,
+        name=f"tiny-{path.name}",
+        task=task,
+        checkpoint=checkpoint,
+        max_length=64,
+        variants={"fp32": VariantSource(model, ("cpu", "cuda"))},
+        provenance=provenance,
+    )
+    return bundle.path

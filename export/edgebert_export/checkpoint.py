@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CHECKPOINT_FILES",
     "Checkpoint",
+    "check_matches",
     "checkpoint_encoder",
+    "count_parameters",
     "load_model",
     "load_tokenizer",
     "model_inputs",
@@ -144,6 +147,18 @@ def _weight_names(path: Path) -> list[str]:
         raise CheckpointError(f"{path} is not a whole safetensors file: {exc}") from exc
 
 
+def count_parameters(checkpoint: Checkpoint) -> int:
+    """Counts the numbers in a checkpoint's weights that its classifier uses."""
+    from safetensors import safe_open
+
+    with safe_open(checkpoint.path / "model.safetensors", framework="np") as weights:
+        return sum(
+            math.prod(weights.get_slice(name).get_shape())
+            for name in weights.keys()  # noqa: SIM118 - it is no dict
+            if not name.startswith(_IGNORED_WEIGHTS)
+        )
+
+
 def _check_layers(path: Path, architecture: Architecture, weights: Iterable[str]) -> None:
     """Refuses a configuration with other layers than the file, or that contradicts itself.
 
@@ -232,8 +247,16 @@ def model_inputs(model_type: str) -> tuple[str, ...]:
     return ("input_ids", "attention_mask", "token_type_ids")
 
 
-def checkpoint_encoder(checkpoint: Checkpoint, *, max_length: int, text_pair: bool) -> TextEncoder:
+def checkpoint_encoder(
+    checkpoint: Checkpoint, *, max_length: int, text_pair: bool, model_type: str | None = None
+) -> TextEncoder:
     """Builds the encoder that training, parity and the device all use.
+
+    Args:
+        checkpoint: Whose tokenizer it takes.
+        max_length: Longest row in tokens.
+        text_pair: Whether each input is a pair.
+        model_type: Whose inputs it makes; the checkpoint's own if left out.
 
     Raises:
         CheckpointError: The tokenizer cannot be read, or ``max_length`` exceeds what the
@@ -247,7 +270,7 @@ def checkpoint_encoder(checkpoint: Checkpoint, *, max_length: int, text_pair: bo
         )
     return TextEncoder(
         load_tokenizer(checkpoint).to_str().encode(),
-        input_names=model_inputs(checkpoint.model_type),
+        input_names=model_inputs(model_type or checkpoint.model_type),
         max_length=max_length,
         pad_token_id=checkpoint.pad_token_id,
         text_pair=text_pair,
@@ -283,8 +306,8 @@ def load_model(
         DistilBertForSequenceClassification,
     )
 
-    if not new_head and not checkpoint.matches(task):
-        raise CheckpointError(_why_no_match(checkpoint, task))
+    if not new_head:
+        check_matches(checkpoint, task)
     values = {
         **msgspec.to_builtins(checkpoint.architecture),
         "id2label": dict(enumerate(task.labels)),
@@ -339,12 +362,15 @@ def _check_weights(
             raise CheckpointError(f"{path}: {name} holds NaN or infinity")
 
 
-def _why_no_match(checkpoint: Checkpoint, task: Task) -> str:
+def check_matches(checkpoint: Checkpoint, task: Task) -> None:
+    """Raises ``CheckpointError`` if the head does not answer ``task``, saying what differs."""
+    if checkpoint.matches(task):
+        return
     have = "no classification head"
     if checkpoint.labels is not None:
         kind = checkpoint.problem_type or "classification"
         have = f"a {kind} head for {len(checkpoint.labels)} labels ({', '.join(checkpoint.labels)})"
-    return (
+    raise CheckpointError(
         f"{checkpoint.path} has {have}; the task is {task.kind} with {len(task.labels)} labels "
         f'({", ".join(task.labels)}). To train a new head, set finetune.mode = "always"'
     )

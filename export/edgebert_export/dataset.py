@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgebert_runtime.encoder import Text
 from edgebert_runtime.manifest import Task
 
 __all__ = ["Dataset", "Example", "label_counts", "text_key"]
+
+_SPLITS = ("train", "validation", "test", "calibration", "unlabelled")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Example:
     Attributes:
         text: A text, or a pair of texts.
         labels: Indices of the labels that apply: exactly one in a ``single_label`` task, any
-            number in ``multi_label``. Empty for text without a label (calibration).
+            number in ``multi_label``. Empty for text without a label (calibration, unlabelled).
     """
 
     text: Text
@@ -29,7 +31,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows of a task, split. No text is in two of train, validation and test.
+    """The rows of a task, split. No text is in two of train, validation, test and unlabelled.
 
     Attributes:
         task: What is to be learnt.
@@ -37,6 +39,7 @@ class Dataset:
         validation: To choose by (checkpoint, thresholds).
         test: To report on; nothing is ever chosen by it.
         calibration: To look at the distribution of texts; never from ``test``.
+        unlabelled: Texts to distil on beside ``train``; only their teacher knows what they say.
     """
 
     task: Task
@@ -44,11 +47,16 @@ class Dataset:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     calibration: tuple[Example, ...]
+    unlabelled: tuple[Example, ...] = ()
+
+    def without_unlabelled(self) -> Dataset:
+        """The same rows, but for ``unlabelled``."""
+        return replace(self, unlabelled=())
 
     def sha256(self, *splits: str) -> str:
         """Hash of the task and of every row, in order, of ``splits`` (of all if none is named)."""
         digest = hashlib.sha256(repr((self.task.kind, self.task.labels)).encode())
-        for name in splits or ("train", "validation", "test", "calibration"):
+        for name in splits or _SPLITS:
             digest.update(name.encode())
             for example in getattr(self, name):
                 digest.update(repr((example.text, example.labels)).encode())

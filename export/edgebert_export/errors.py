@@ -4,14 +4,15 @@ EdgebertError
 ├── ExportError             exit code 1: a stage's result is not what it must be
 └── UsageError
     ├── CheckpointError     exit code 2: a checkpoint is unsafe, damaged or does not fit
-    └── DataError           exit code 2: a data file or what is in it is wrong
+    ├── DataError           exit code 2: a data file or what is in it is wrong
+    └── TrainingError       exit code 2: a training cannot be done as asked
 """
 
 from __future__ import annotations
 
 from edgebert_runtime.errors import EdgebertError, UsageError
 
-__all__ = ["CheckpointError", "DataError", "ExportError"]
+__all__ = ["CheckpointError", "DataError", "ExportError", "TrainingError"]
 
 
 class ExportError(EdgebertError):
@@ -24,3 +25,7 @@ class CheckpointError(UsageError):
 
 class DataError(UsageError):
     """A data file, or what is in it, is wrong."""
+
+
+class TrainingError(UsageError):
+    """A training cannot be done as it is asked for."""

@@ -30,15 +30,19 @@ from datetime import datetime, timezone
 from importlib import metadata, util
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import filelock
 import msgspec
 
+from edgebert_export import processes
 from edgebert_pipeline.errors import BuildError, RecipeError
 from edgebert_pipeline.progress import Progress, Reporter
 from edgebert_runtime.errors import EdgebertError
 
 __all__ = [
+    "LOADING",
+    "TRAINING",
     "BuildDirectory",
     "StageRecord",
     "disk_is_full",
@@ -61,7 +65,18 @@ _LIBRARIES = (
     "torch",
     "transformers",
 )
+# Modules whose source decides what many stages make; see stage_key.
+LOADING = (
+    "edgebert_export.architecture",
+    "edgebert_export.checkpoint",
+    "edgebert_export.dataset",
+    "edgebert_runtime.encoder",
+)
+TRAINING = ("edgebert_export.training",)
+
 _RECORD = "stage.json"
+_RESULT = "result.json"
+_T = TypeVar("_T")
 _NEARLY_FULL_BYTES = 1024 * 1024
 
 
@@ -133,6 +148,8 @@ class BuildDirectory:
         self._stages = path / ".stages"
         self._owner = path / ".lock.json"
         self._used: set[str] = set()
+        if not processes.is_leader():
+            return
         self.refuse_foreign(path)
         try:
             self._stages.mkdir(parents=True, exist_ok=True)
@@ -174,15 +191,18 @@ class BuildDirectory:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._owner.unlink(missing_ok=True)
-        self._lock.release()
+        if processes.is_leader():
+            self._owner.unlink(missing_ok=True)
+            self._lock.release()
 
     def stage(
         self,
         name: str,
         key: str,
         what: str,
-        produce: Callable[[Path, Progress], object],
+        produce: Callable[[Path, Progress], msgspec.Struct | None],
+        *,
+        together: bool = False,
     ) -> Path:
         """Returns the directory with a stage's output, produced now unless it is there.
 
@@ -190,29 +210,54 @@ class BuildDirectory:
             name: The stage, as in ``--until`` and ``--force``.
             key: From ``stage_key``.
             what: What is being done, for people.
-            produce: Writes the output into an empty directory.
+            produce: Writes the output into an empty directory. What it returns is written
+                beside it, for ``result``.
+            together: Whether every process of ``accelerate launch`` takes part, or the leader
+                alone.
 
         Raises:
             BuildError: The disk is full or cannot be written.
         """
         finished = self._stages / f"{name}-{key}"
         self._used |= {finished.name, self.work_name(name, key)}
+        if not processes.is_leader():
+            self._follow(produce if together else None)
+            return finished
         work = self._stages / self.work_name(name, key)
         if finished.is_dir() and name not in self._force:
             self._discard(work)  # left if a run was killed just after the stage had ended
             self._reporter.reused(name)
+            processes.from_leader(None)
             return finished
         start = time.monotonic()
         with self._reporter.stage(name, what) as progress, self.writing() as partial:
             if name in self._force:
                 self._discard(work)
-            produce(partial, progress)
+            result = produce(processes.from_leader(partial), progress)
+            processes.wait_for_all()
+            if result is not None:
+                (partial / _RESULT).write_bytes(msgspec.json.encode(result))
             record = StageRecord(seconds=round(time.monotonic() - start, 3), finished_at=_now())
             (partial / _RECORD).write_bytes(msgspec.json.encode(record))
             self._discard(finished)
             partial.rename(finished)
         self._discard(work)
+        processes.wait_for_all()
         return finished
+
+    def _follow(self, produce: Callable[[Path, Progress], object] | None) -> None:
+        """Does a process's share of a stage that the leader runs, if it runs it at all."""
+        partial: Path | None = processes.from_leader(None)
+        if partial is None:
+            return
+        if produce is not None:
+            produce(partial, lambda done, total: None)
+        processes.wait_for_all()
+        processes.wait_for_all()
+
+    def result(self, finished: Path, type_: type[_T]) -> _T:
+        """Returns what the ``produce`` of a finished stage returned."""
+        return msgspec.json.decode((finished / _RESULT).read_bytes(), type=type_)
 
     def _discard(self, path: Path) -> None:
         """Removes a directory whose name says that it is whole, never showing half of it."""
@@ -247,10 +292,12 @@ class BuildDirectory:
         path.mkdir(exist_ok=True)
         return path
 
-    def interrupted(self, name: str, key: str) -> bool:
-        """Whether a killed run of a stage left something to go on from."""
+    def going_on(self, name: str, key: str) -> str:
+        """Says that a killed run of a stage left something to go on from, if it did."""
         work = self._stages / self.work_name(name, key)
-        return work.is_dir() and any(work.iterdir())
+        if work.is_dir() and any(work.iterdir()):
+            return ", going on from the last save of an interrupted run"
+        return ""
 
     @contextmanager
     def writing(self) -> Iterator[Path]:

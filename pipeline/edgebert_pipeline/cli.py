@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 import msgspec
@@ -15,6 +16,23 @@ from edgebert_pipeline.errors import GateRefusedError, RecipeError
 from edgebert_runtime.cli import COMMANDS, CommandGroup
 
 __all__ = ["main"]
+
+
+def _column_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option(
+            "--label-value",
+            "label_values",
+            multiple=True,
+            help="What the file says for each of the labels, in order. Given once a label.",
+        ),
+        click.option("--label", default="label", show_default=True, help="Column of the label."),
+        click.option("--text-pair", help="Column of the second text; for a task on pairs."),
+        click.option("--text", default="text", show_default=True, help="Column of the text."),
+        click.option("--format", "format_", type=click.Choice(["csv", "tsv", "jsonl", "parquet"])),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(cls=CommandGroup)
@@ -46,19 +64,32 @@ def main() -> None:
     help="Run this stage even if it is finished. May be given several times.",
 )
 @click.option("--wait", is_flag=True, help="Wait for another run on the same directory.")
+@click.option(
+    "--ablate",
+    is_flag=True,
+    help="Train the student without its teacher, too, and report what the teacher was worth.",
+)
 def export(
-    recipe: Path, out: Path | None, until: str | None, force: tuple[str, ...], wait: bool
+    recipe: Path,
+    out: Path | None,
+    until: str | None,
+    force: tuple[str, ...],
+    wait: bool,
+    ablate: bool,
 ) -> None:
     """Build what RECIPE describes: a bundle, and a report on it.
 
     Ends with exit code 3 when the gate refuses the result.
     """
+    from edgebert_export.processes import is_leader
     from edgebert_pipeline.gate import describe_breach
     from edgebert_pipeline.report import NOTHING_LEARNED, render_table
     from edgebert_pipeline.run import export as run
 
     out = out or Path("build") / recipe.stem
-    report = run(recipe, out, until=until, force=force, wait=wait)
+    report = run(recipe, out, until=until, force=force, wait=wait, ablate=ablate)
+    if not is_leader():
+        return
     if report is None:
         click.echo(f"stopped after {until}; finished stages are in {out / '.stages'}", err=True)
         return
@@ -77,19 +108,73 @@ def export(
     click.echo(f"bundle: {out / 'bundle'}   report: {out / 'report.md'}", err=True)
 
 
+@main.command(short_help="Distil a fine-tuned checkpoint into a smaller student.")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Labelled rows (CSV, TSV, JSON Lines, Parquet), split by a hash of the text; or a "
+    "recipe, whose [data], [distill] and export.max_length are taken.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="For the student.")
+@click.option("--layers", type=click.IntRange(1), help="Of the student. [default: half]")
+@click.option("--layer-map", help="Teacher layers to start from, counted from 0: 1,3,5")
+@click.option("--unlabelled", type=click.Path(path_type=Path), help="More texts, without labels.")
+@click.option("--epochs", type=click.IntRange(1))
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True))
+@click.option("--temperature", type=click.FloatRange(0, min_open=True))
+@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True))
+@click.option("--seed", type=click.IntRange(0))
+@click.option("--max-length", type=click.IntRange(3), help="Longest text in tokens.")
+@_column_options
+@click.option(
+    "--ablate",
+    is_flag=True,
+    help="Train the student without its teacher, too, and report what the teacher was worth.",
+)
+@click.option("--wait", is_flag=True, help="Wait for another run on the same directory.")
+def distill(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    layers: int | None,
+    layer_map: str | None,
+    unlabelled: Path | None,
+    max_length: int | None,
+    ablate: bool,
+    wait: bool,
+    **options: Any,
+) -> None:
+    """Distil the fine-tuned CHECKPOINT into a DistilBERT student.
+
+    OUT becomes a checkpoint, with the report beside it. Run again, the same command goes on from
+    where it was stopped.
+    """
+    from edgebert_export.processes import is_leader
+    from edgebert_pipeline.distill_options import recipe_for
+    from edgebert_pipeline.report import render_table
+    from edgebert_pipeline.run import distill_checkpoint
+
+    recipe = recipe_for(
+        checkpoint,
+        data,
+        layers=layers,
+        layer_map=layer_map,
+        unlabelled=unlabelled,
+        max_length=max_length,
+        **options,
+    )
+    report = distill_checkpoint(recipe, data.parent, out, wait=wait, ablate=ablate)
+    if report is not None and is_leader():
+        click.echo(render_table(report.evaluation))
+        click.echo(f"student: {out}   report: {out / 'report.md'}", err=True)
+
+
 @main.command(short_help="Measure a bundle on labelled rows of a file.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--format", "format_", type=click.Choice(["csv", "tsv", "jsonl", "parquet"]))
-@click.option("--text", default="text", show_default=True, help="Column of the text.")
-@click.option("--text-pair", help="Column of the second text; needed for a task on pairs.")
-@click.option("--label", default="label", show_default=True, help="Column of the label.")
-@click.option(
-    "--label-value",
-    "label_values",
-    multiple=True,
-    help="What DATA says for each of the bundle's labels, in order. Given once a label.",
-)
+@_column_options
 @click.option("--latency-texts", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Threads for one operator.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -107,6 +192,7 @@ def evaluate(
 ) -> None:
     """Measure every variant of BUNDLE on the labelled rows of DATA."""
     from edgebert_pipeline.data import load_examples
+    from edgebert_pipeline.evaluate import MODEL
     from edgebert_pipeline.evaluate import evaluate as run
     from edgebert_pipeline.progress import Reporter
     from edgebert_pipeline.recipe import DataConfig, RowsSource
@@ -135,7 +221,7 @@ def evaluate(
     examples = load_examples(config, rows, Path())
     with Reporter().stage("evaluate", f"{len(examples)} rows, and speed") as progress:
         found = run(
-            bundle,
+            {MODEL: bundle},
             examples,
             latency_texts=latency_texts,
             latency_repeats=3,

@@ -90,14 +90,19 @@ def load_dataset(config: DataConfig, base: Path) -> tuple[Dataset, DataSummary]:
         moved_out += _drop_seen(calibration, {_side_key(e.text) for e in splits["test"].values()})
         if not calibration:
             raise DataError("every calibration text is also a test text; give other texts")
+    unlabelled: dict[bytes, Example] = {}
+    if config.unlabelled is not None:
+        unlabelled = _read_unlabelled(config, config.unlabelled, base, splits)
     dataset = Dataset(
         task=task,
         train=tuple(splits["train"].values()),
         validation=tuple(splits["validation"].values()),
         test=tuple(splits["test"].values()),
         calibration=tuple(calibration.values()),
+        unlabelled=tuple(unlabelled.values()),
     )
-    names = ("train", "validation", "test", "calibration")
+    names = ["train", "validation", "test", "calibration"]
+    names += ["unlabelled"] * (config.unlabelled is not None)
     summary = DataSummary(
         rows={name: len(getattr(dataset, name)) for name in names},
         labels={name: label_counts(task, getattr(dataset, name)) for name in names[:3]},
@@ -108,6 +113,25 @@ def load_dataset(config: DataConfig, base: Path) -> tuple[Dataset, DataSummary]:
         sha256=dataset.sha256(),
     )
     return dataset, summary
+
+
+def _read_unlabelled(
+    config: DataConfig,
+    source: RowsSource,
+    base: Path,
+    splits: Mapping[str, Mapping[bytes, Example]],
+) -> dict[bytes, Example]:
+    """Reads the texts to distil on; what is also in another split is not among them."""
+    # A reader of its own: what it counts as duplicates says nothing of the labelled rows.
+    found = _Reader(config, config.as_task(None), base).read(source, labelled=False)
+    for name in ("test", "validation"):
+        _drop_seen(found, {_side_key(example.text) for example in splits[name].values()})
+    found = {key: example for key, example in found.items() if key not in splits["train"]}
+    if not found:
+        raise DataError(
+            "data.unlabelled: every text is also in train, validation or test; give other texts"
+        )
+    return found
 
 
 def load_examples(config: DataConfig, source: RowsSource, base: Path) -> tuple[Example, ...]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from edgebert_pipeline.evaluate import Evaluation
+from edgebert_pipeline.evaluate import TEACHER, Evaluation
 from edgebert_pipeline.recipe import GateConfig
 from edgebert_pipeline.report import GateCheck
 
 __all__ = ["apply_gate", "describe_breach"]
 
-_AT_LEAST = {"min_accuracy"}
+_AT_LEAST = {"min_accuracy", "min_accuracy_kept"}  # the limits on accuracy itself
 
 
 def apply_gate(evaluation: Evaluation, config: GateConfig) -> tuple[GateCheck, ...]:
-    """Checks every limit that is set.
+    """Checks every limit that is set, on every variant in the bundle.
 
-    The reference is what the others are held against, so only ``min_accuracy`` applies to it,
-    unless it is the only variant there is.
+    The reference is what the others are held against, so only its accuracy is judged, unless it
+    is the only variant there is.
     """
-    reference = next(v for v in evaluation.variants if v.name == evaluation.reference)
+    reference = evaluation.reference(evaluation.shipped[0].model)
+    teacher = evaluation.reference(TEACHER) if TEACHER in evaluation.references else None
     checks = []
-    for variant in evaluation.variants:
+    for variant in evaluation.shipped:
         measured = {
             "min_accuracy": variant.accuracy,
             "max_accuracy_drop": (reference.correct - variant.correct) / evaluation.rows,
@@ -27,7 +28,9 @@ def apply_gate(evaluation: Evaluation, config: GateConfig) -> tuple[GateCheck, .
             "max_p99_ms": variant.timing.latency_p99_ms,
             "max_size_mb": variant.size_bytes / 1e6,
         }
-        judged_in_full = variant is not reference or len(evaluation.variants) == 1
+        if teacher is not None:
+            measured["min_accuracy_kept"] = variant.correct / max(teacher.correct, 1)
+        judged_in_full = variant is not reference or len(evaluation.shipped) == 1
         for limit, value in measured.items():
             allowed = getattr(config, limit)
             if allowed is None or not (judged_in_full or limit in _AT_LEAST):

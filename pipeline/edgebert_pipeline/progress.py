@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from edgebert_export import processes
+
 __all__ = ["Progress", "Reporter"]
 
 Progress = Callable[[int, int], None]
@@ -39,8 +41,9 @@ class Reporter:
         self.reused_stages: list[str] = []
 
     def line(self, text: str) -> None:
-        """Prints a plain line."""
-        click.echo(text, err=True)
+        """Prints a plain line; of several processes, the leader does."""
+        if processes.is_leader():
+            click.echo(text, err=True)
 
     def reused(self, name: str) -> None:
         """Notes that a stage's output was there already."""
@@ -52,7 +55,7 @@ class Reporter:
         """Announces a stage, yields its progress callback, and says how long it took."""
         self.line(f"{name}: {what}")
         start = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_terminal and processes.is_leader():
             with self._bar(name) as progress:
                 yield progress
         else:

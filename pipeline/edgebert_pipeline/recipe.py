@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from edgebert_export.distill import DistillConfig
 from edgebert_export.finetune import FinetuneConfig
 from edgebert_export.quantise import QuantiseConfig
 from edgebert_export.to_onnx import ExportConfig
@@ -208,6 +209,14 @@ class DataConfig(_Section, frozen=True, kw_only=True):
             "of `train` if left out."
         ),
     ] = None
+    unlabelled: Annotated[
+        RowsSource | None,
+        Meta(
+            description="More texts to distil on, labels not needed. Texts that are in another "
+            "split are dropped, so it may be the file of `train` again, for the rows that "
+            "`label_ranges` leaves out."
+        ),
+    ] = None
     test_share: Annotated[
         float,
         Meta(gt=0, lt=1, description="Share of `train` that becomes `test`: 20 rows or more."),
@@ -285,7 +294,7 @@ class EvaluateConfig(_Section, frozen=True, kw_only=True):
 
 
 class GateConfig(_Section, frozen=True, kw_only=True):
-    """Limits on every variant but the FP32 reference; each is optional.
+    """Limits on every variant in the bundle but its FP32 reference; each is optional.
 
     A breach ends the export with exit code 3, and the bundle is not published.
     """
@@ -305,6 +314,13 @@ class GateConfig(_Section, frozen=True, kw_only=True):
     max_flip_rate: Annotated[
         _Share | None,
         Meta(description="Largest share of test rows that may be answered unlike FP32."),
+    ] = None
+    min_accuracy_kept: Annotated[
+        _Positive | None,
+        Meta(
+            description="Smallest share of the FP32 teacher's accuracy that every variant of the "
+            "student keeps; 0.995 loses half a percent. Needs `[distill]`."
+        ),
     ] = None
     max_p99_ms: Annotated[
         _Positive | None, Meta(description="Highest p99 latency of one text, in milliseconds.")
@@ -327,6 +343,13 @@ class Recipe(_Section, frozen=True, kw_only=True):
     model: Annotated[Source, Meta(description="The checkpoint to start from.")]
     data: Annotated[DataConfig, Meta(description="The rows.")]
     finetune: Annotated[FinetuneConfig, Meta(description="Fine-tuning.")] = FinetuneConfig()
+    distill: Annotated[
+        DistillConfig | None,
+        Meta(
+            description="Distilling the fine-tuned checkpoint into a smaller student, which the "
+            "bundle then holds in its place. Left out: no student."
+        ),
+    ] = None
     export: Annotated[ExportConfig, Meta(description="ONNX.")] = ExportConfig()
     quantise: Annotated[QuantiseConfig, Meta(description="INT8.")] = QuantiseConfig()
     bundle: Annotated[BundleConfig, Meta(description="The bundle.")] = BundleConfig()
@@ -339,6 +362,10 @@ class Recipe(_Section, frozen=True, kw_only=True):
             raise ValueError("bundle.thresholds is for multi_label tasks")
         if isinstance(thresholds, tuple):
             self.data.as_task(thresholds)
+        if self.distill is None and self.data.unlabelled is not None:
+            raise ValueError("data.unlabelled is for distilling; add a [distill] table")
+        if self.distill is None and self.gate.min_accuracy_kept is not None:
+            raise ValueError("gate.min_accuracy_kept is for distilling; add a [distill] table")
 
     def sha256(self) -> str:
         """Hash of what shapes the bundle: all but evaluation and gate, defaults filled in."""
@@ -378,6 +405,7 @@ def check_paths(recipe: Recipe, path: Path) -> None:
         "data.validation": data.validation,
         "data.test": data.test,
         "data.calibration": data.calibration,
+        "data.unlabelled": data.unlabelled,
     }
     for key, source in sources.items():
         if source is None or source.path is None:

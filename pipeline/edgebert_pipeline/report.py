@@ -8,23 +8,36 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edgebert_export.finetune import TrainingLog
+from edgebert_export.distill import DistillationLog
 from edgebert_export.to_onnx import Parity
+from edgebert_export.training import TrainingLog
 from edgebert_pipeline.build import StageRecord
 from edgebert_pipeline.data import DataSummary
-from edgebert_pipeline.evaluate import Evaluation
+from edgebert_pipeline.evaluate import (
+    HARD_LABEL,
+    STUDENT,
+    TEACHER,
+    Comparison,
+    Evaluation,
+    VariantScores,
+)
 from edgebert_runtime.manifest import Provenance, Task
 
 __all__ = [
     "NOTHING_LEARNED",
     "REPORT_VERSION",
+    "Distillation",
     "GateCheck",
+    "ModelSummary",
     "Report",
+    "render_comparisons",
     "render_markdown",
     "render_table",
 ]
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
+
+_SIGNIFICANT = 0.05
 
 NOTHING_LEARNED = "The model is not shown to be better than always giving the commonest answer."
 
@@ -47,6 +60,31 @@ class GateCheck(msgspec.Struct, frozen=True, kw_only=True):
     passed: bool
 
 
+class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the models that were exported.
+
+    Attributes:
+        model_type: ``bert`` or ``distilbert``.
+        layers: Transformer layers.
+        parameters: Numbers in its weights.
+        checkpoint_sha256: Of its checkpoint.
+        parity: How far its ONNX export is from PyTorch.
+    """
+
+    model_type: str
+    layers: int
+    parameters: int
+    checkpoint_sha256: str
+    parity: Parity
+
+
+class Distillation(msgspec.Struct, frozen=True, kw_only=True):
+    """How the student was trained, and with ``--ablate`` the one without its teacher."""
+
+    student: DistillationLog
+    hard_label: DistillationLog | None
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All of ``report.json``.
 
@@ -57,7 +95,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         task: What it answers.
         data: What became of the rows.
         training: How fine-tuning went; ``None`` when the checkpoint was taken as it is.
-        parity: How far ONNX is from PyTorch.
+        distillation: How distilling went; ``None`` without a student.
+        models: Every model that was exported, by what it is; the one in the bundle first.
         evaluation: Accuracy, flips, size and speed of each variant.
         gate: Every limit that the recipe sets, with what was measured.
         stages: When each stage ran, and for how long.
@@ -70,7 +109,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     task: Task
     data: DataSummary
     training: TrainingLog | None
-    parity: Parity
+    distillation: Distillation | None
+    models: dict[str, ModelSummary]
     evaluation: Evaluation
     gate: tuple[GateCheck, ...]
     stages: dict[str, StageRecord]
@@ -84,27 +124,25 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def render_table(evaluation: Evaluation) -> str:
     """Returns the variants as a Markdown table that reads well on a terminal, too."""
-    header = (
-        "variant",
-        "size MB",
-        "accuracy (95 % interval)",
-        "flips vs FP32",
-        "p50 / p99 ms",
-        "texts/s",
-    )
-    rows = [
-        (
-            item.name,
+    taught = TEACHER in evaluation.references
+    header = ["variant", "size MB", "accuracy (95 % interval)", "flips vs FP32"]
+    header += ["like teacher"] * taught + ["p50 / p99 ms", "texts/s"]
+    rows = []
+    for item in evaluation.variants:
+        flips = f"{item.flips} ({item.flips / evaluation.rows:.2%})"
+        row = [
+            item.full_name,
             f"{item.size_bytes / 1e6:.1f}",
             f"{item.accuracy:.4f} ({item.accuracy_low:.4f}-{item.accuracy_high:.4f})",
-            "reference"
-            if item.name == evaluation.reference
-            else f"{item.flips} ({item.flips / evaluation.rows:.2%})",
+            "reference" if evaluation.is_reference(item) else flips,
+        ]
+        if taught:
+            row.append("" if item.agreement is None else f"{item.agreement:.2%}")
+        row += [
             f"{item.timing.latency_p50_ms:.2f} / {item.timing.latency_p99_ms:.2f}",
             f"{item.timing.throughput_texts_per_s:.0f}",
-        )
-        for item in evaluation.variants
-    ]
+        ]
+        rows.append(row)
     return _table(header, rows)
 
 
@@ -122,17 +160,20 @@ def render_markdown(report: Report) -> str:
         + ", with Wilson's 95 % interval; always giving the commonest answer would reach "
         f"{evaluation.baseline_accuracy:.4f}. "
         + (f"**{NOTHING_LEARNED}** " if evaluation.learned_nothing else "")
-        + "Flips are test rows that a variant answers unlike FP32. "
+        + "Flips are test rows that a variant answers unlike its own model's FP32. "
         f"Latency: one text a call, tokenising included, {timing.texts} test texts, median of "
         f"{timing.repeats} rounds; throughput: the same texts in one call, batches of "
         f"{timing.batch_size}. Variants were timed turn by turn in one process. "
         f"Threads: {threads}.",
+        *(["## Distillation", _distillation(report)] if report.distillation else []),
+        "## Paired comparisons",
+        render_comparisons(evaluation),
         "## Per label",
         _table(
             ("variant", "label", "rows", "precision", "recall", "F1"),
             [
                 (
-                    item.name,
+                    item.full_name,
                     _cell(label.label),
                     str(label.rows),
                     f"{label.precision:.4f}",
@@ -153,6 +194,121 @@ def render_markdown(report: Report) -> str:
         _table(("what", "value"), [(k, _cell(v)) for k, v in evaluation.environment.items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _distillation(report: Report) -> str:
+    assert report.distillation is not None
+    evaluation, log = report.evaluation, report.distillation.student
+    rows = []
+    for name, model in report.models.items():
+        fp32 = evaluation.reference(name)
+        smallest = min((v for v in evaluation.variants if v.model == name), key=_size)
+        rows.append(
+            (
+                name,
+                str(model.layers),
+                f"{model.parameters / 1e6:.2f}",
+                f"{fp32.accuracy:.4f} ({fp32.accuracy_low:.4f}-{fp32.accuracy_high:.4f})",
+                "" if fp32.agreement is None else f"{fp32.agreement:.2%}",
+                f"{fp32.calibration_error:.4f}",
+                f"{fp32.size_bytes / 1e6:.1f}",
+                f"{smallest.size_bytes / 1e6:.1f}",
+                f"{fp32.timing.latency_p50_ms:.2f}",
+                f"{smallest.timing.latency_p50_ms:.2f}",
+            )
+        )
+    header = (
+        "model",
+        "layers",
+        "parameters (millions)",
+        "accuracy, FP32 (95 % interval)",
+        "like teacher",
+        "calibration error",
+        "MB, FP32",
+        "MB, smallest",
+        "p50 ms, FP32",
+        "p50 ms, smallest",
+    )
+    parts = [_table(header, rows)]
+    student, teacher = (evaluation.reference(name) for name in (STUDENT, TEACHER))
+    parts.append(
+        f"The student keeps {student.correct / max(teacher.correct, 1):.2%} of its teacher's "
+        "accuracy (FP32 both). *Like teacher* is the share of test rows answered as the FP32 "
+        "teacher answers them; *calibration error* is the expected one, with 15 bins."
+        + (
+            " *hard-label* is the same student, from the same start, trained on the labels alone."
+            if HARD_LABEL in evaluation.references
+            else ""
+        )
+    )
+    lines = [
+        f"- The student started from the teacher's layers {_listed(log.layer_map)} (from 0)"
+        + (
+            "; divergence on validation rows after a short trial: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in log.trials.items())
+            if log.trials
+            else ""
+        )
+        + ".",
+        f"- It learnt from {log.texts} texts, {log.unlabelled} of them without a label; the "
+        f"teacher's hidden states were at hand for {log.hidden}.",
+    ]
+    if log.hidden < log.texts:
+        lines.append("- The other texts did without the hidden-state term (`hidden_limit_mb`).")
+    lines.append(_trained("Distilled", log.training))
+    if report.distillation.hard_label is not None:
+        lines.append(
+            _trained("Trained on hard labels alone", report.distillation.hard_label.training)
+        )
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _size(variant: VariantScores) -> int:
+    return variant.size_bytes
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
+def _trained(how: str, log: TrainingLog) -> str:
+    many = f" in {log.processes} processes" if log.processes > 1 else ""
+    scores = ", ".join(f"{step}: {score:.4f}" for step, score in log.validation_scores.items())
+    return (
+        f"- {how} for {log.steps} steps{many}; kept step {log.best_step}. Validation {log.metric} "
+        f"by step: {scores}."
+    )
+
+
+def render_comparisons(evaluation: Evaluation) -> str:
+    """Returns the paired comparisons as a Markdown table, and how to read it."""
+    if not evaluation.comparisons:
+        return "There is only one variant."
+    rows = [
+        (
+            item.first,
+            item.second,
+            f"{(item.only_first_correct - item.only_second_correct) / evaluation.rows:+.2%}",
+            str(item.only_first_correct),
+            str(item.only_second_correct),
+            f"{item.p_value:.2g}",
+            _in_words(item),
+        )
+        for item in evaluation.comparisons
+    ]
+    header = ("first", "second", "difference", "only first right", "only second right", "p", "")
+    return (
+        f"{_table(header, rows)}\n\nThe same {evaluation.rows} test rows for both; McNemar's "
+        f"exact test on the rows that one alone answers right. *Shown* means p < {_SIGNIFICANT}; "
+        "no correction for making several comparisons."
+    )
+
+
+def _in_words(item: Comparison) -> str:
+    if item.p_value >= _SIGNIFICANT:
+        return "no difference shown"
+    better = "first" if item.only_first_correct > item.only_second_correct else "second"
+    return f"shown: {better} is better"
 
 
 def _verdict(report: Report) -> str:
@@ -205,18 +361,15 @@ def _making(report: Report) -> str:
     if report.training is None:
         lines.append("- The checkpoint was taken as it is.")
     else:
-        log = report.training
-        best = log.validation_scores[log.best_step]
+        lines.append(_trained("Fine-tuned", report.training))
+    for name, model in report.models.items():
+        parity = model.parity
         lines.append(
-            f"- Fine-tuned for {log.steps} steps; kept step {log.best_step}, validation "
-            f"{log.metric} {best:.4f}."
+            f"- ONNX against PyTorch, {name}: raw outputs differ by at most "
+            f"{parity.max_difference:.1e} (limit {parity.limit:.0e}) on {parity.texts} texts of "
+            f"{parity.shortest_tokens} to {parity.longest_tokens} tokens, alone and in padded "
+            "batches."
         )
-    parity = report.parity
-    lines.append(
-        f"- ONNX against PyTorch: raw outputs differ by at most {parity.max_difference:.1e} (limit "
-        f"{parity.limit:.0e}) on {parity.texts} texts of {parity.shortest_tokens} to "
-        f"{parity.longest_tokens} tokens, alone and in padded batches."
-    )
     for name, record in report.stages.items():
         lines.append(f"- {name}: {record.seconds:.1f} s, ended {record.finished_at}")
     provenance = report.provenance

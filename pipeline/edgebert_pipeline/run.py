@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 import edgebert_runtime
-from edgebert_export.checkpoint import Checkpoint, open_checkpoint
+from edgebert_export import processes
+from edgebert_export.checkpoint import (
+    CHECKPOINT_FILES,
+    Checkpoint,
+    count_parameters,
+    open_checkpoint,
+)
 from edgebert_export.dataset import Dataset
-from edgebert_export.finetune import TrainingLog, finetune, is_needed
-from edgebert_export.quantise import quantise_cpu
+from edgebert_export.distill import check_layers
+from edgebert_export.finetune import FinetuneConfig, finetune, is_needed
+from edgebert_export.quantise import QuantiseConfig, quantise_cpu
 from edgebert_export.thresholds import choose_thresholds
 from edgebert_export.to_onnx import OnnxModel, Parity, measure_parity, to_onnx
+from edgebert_export.training import TrainingLog
 from edgebert_export.write_bundle import VariantSource, write_bundle
 from edgebert_pipeline.build import (
+    LOADING,
+    TRAINING,
     BuildDirectory,
     disk_is_full,
     full_disk_message,
@@ -23,29 +33,34 @@ from edgebert_pipeline.build import (
     stage_key,
 )
 from edgebert_pipeline.data import DataSummary, load_dataset
-from edgebert_pipeline.errors import BuildError, FetchError
-from edgebert_pipeline.evaluate import Evaluation, evaluate, machine
+from edgebert_pipeline.distillation import run_distillation
+from edgebert_pipeline.errors import BuildError, FetchError, RecipeError
+from edgebert_pipeline.evaluate import (
+    MODEL,
+    Evaluation,
+    evaluate,
+    machine,
+)
 from edgebert_pipeline.fetch import fetch_checkpoint
 from edgebert_pipeline.gate import apply_gate
 from edgebert_pipeline.progress import Progress, Reporter
-from edgebert_pipeline.recipe import Recipe, load_recipe
-from edgebert_pipeline.report import REPORT_VERSION, Report, render_markdown
+from edgebert_pipeline.recipe import GateConfig, Recipe, load_recipe
+from edgebert_pipeline.report import (
+    REPORT_VERSION,
+    ModelSummary,
+    Report,
+    render_markdown,
+)
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cache import cache_dir
 from edgebert_runtime.device import import_onnxruntime
 from edgebert_runtime.errors import BundleError
 from edgebert_runtime.manifest import Provenance, Task
 
-__all__ = ["export"]
+__all__ = ["distill_checkpoint", "export"]
 
-# The modules whose source decides what a stage makes; see stage_key.
-_LOADING = (
-    "edgebert_pipeline.run",
-    "edgebert_export.architecture",
-    "edgebert_export.checkpoint",
-    "edgebert_export.dataset",
-    "edgebert_runtime.encoder",
-)
+# Modules whose source decides what a stage makes; see stage_key.
+_LOADING = ("edgebert_pipeline.run", *LOADING)
 _SERVING = (
     "edgebert_runtime.bench",
     "edgebert_runtime.bundle",
@@ -63,12 +78,15 @@ def export(
     until: str | None = None,
     force: Sequence[str] = (),
     wait: bool = False,
+    ablate: bool = False,
     reporter: Reporter | None = None,
 ) -> Report | None:
-    """Builds what a recipe describes: fine-tunes, exports, quantises, bundles, measures, judges.
+    """Builds what a recipe describes: trains, exports, quantises, bundles, measures, judges.
 
     Writes ``report.json`` and ``report.md`` into ``out``, and ``bundle/`` if the gate passed
     (``bundle.refused/`` if it did not; an older ``bundle/`` that passed is left alone then).
+
+    Under ``accelerate launch``, every process trains and the leader does the rest.
 
     Args:
         recipe_path: The recipe.
@@ -76,67 +94,167 @@ def export(
         until: Last of ``edgebert_pipeline.STAGES`` to run.
         force: Stages to run even if they are finished.
         wait: Whether to wait for another run on ``out`` rather than stop.
+        ablate: Whether to train the student on hard labels alone, too, and to report on it.
         reporter: Where progress goes; stderr if left out.
 
     Returns:
-        The report; ``None`` if ``until`` stopped before it.
+        The report; ``None`` if ``until`` stopped before it, and on all processes but the leader.
 
     Raises:
         UsageError: The recipe, the data or the checkpoint is wrong.
         EdgebertError: A stage failed, or the directory cannot be used.
     """
-    reporter = reporter or Reporter()
     recipe = load_recipe(recipe_path)
+    if ablate and recipe.distill is None:
+        raise RecipeError(f"{recipe_path} has no [distill] table: there is nothing to ablate")
+    return _run(
+        recipe,
+        recipe_path.parent,
+        out,
+        until=until,
+        force=force,
+        wait=wait,
+        ablate=ablate,
+        reporter=reporter or Reporter(),
+        publish=_publish,
+    )
+
+
+def distill_checkpoint(
+    recipe: Recipe,
+    base: Path,
+    out: Path,
+    *,
+    wait: bool = False,
+    ablate: bool = False,
+    reporter: Reporter | None = None,
+) -> Report | None:
+    """Distils the model of ``recipe``, which is not fine-tuned, and measures the student.
+
+    Writes the student's checkpoint, ``report.json`` and ``report.md`` into ``out``.
+
+    Args:
+        recipe: With a ``distill`` table.
+        base: Directory that its paths are relative to.
+        out: As for ``export``.
+        wait: As for ``export``.
+        ablate: As for ``export``.
+        reporter: As for ``export``.
+
+    Returns:
+        The report; ``None`` on all processes but the leader.
+
+    Raises:
+        UsageError: The data or the checkpoint is wrong.
+        EdgebertError: A stage failed, or the directory cannot be used.
+    """
+    alone = msgspec.structs.replace(
+        recipe,
+        finetune=FinetuneConfig(mode="never"),
+        quantise=QuantiseConfig(cpu=False),
+        gate=GateConfig(),
+    )
+    return _run(
+        alone,
+        base,
+        out,
+        wait=wait,
+        ablate=ablate,
+        reporter=reporter or Reporter(),
+        publish=_publish_student,
+    )
+
+
+def _run(
+    recipe: Recipe,
+    base: Path,
+    out: Path,
+    *,
+    until: str | None = None,
+    force: Sequence[str] = (),
+    wait: bool,
+    ablate: bool,
+    reporter: Reporter,
+    publish: Callable[[BuildDirectory, Checkpoint, Bundle, Report, Reporter], None],
+) -> Report | None:
     # Before an hour of training, not after it:
     import_onnxruntime()
     BuildDirectory.refuse_foreign(out)
-    base = recipe_path.parent
-    source, dataset, summary = _fetch(recipe, base, reporter)
-    for split, count in summary.rows.items():
-        balance = ", ".join(f"{k} {v}" for k, v in summary.labels.get(split, {}).items())
-        reporter.line(f"  {split}: {count} rows" + (f" ({balance})" if balance else ""))
-    task = dataset.task
+    with processes.one_on_each_machine_first():
+        source, dataset, summary = _fetch(recipe, base, reporter)
+    _describe(summary, reporter)
 
     with BuildDirectory(out, reporter, force=force, wait=wait) as build:
-        checkpoint, training = source, None
-        stages: dict[str, Path] = {}
-        if is_needed(source, task, recipe.finetune):
+        checkpoint, training, stages = source, None, {}
+        if is_needed(source, dataset.task, recipe.finetune):
+            if recipe.distill is not None:
+                check_layers(source, recipe.distill)
             stages["finetune"] = _finetune_stage(build, recipe, source, dataset)
-            checkpoint, training = _read_finetuned(stages["finetune"])
+            checkpoint = open_checkpoint(stages["finetune"] / "checkpoint")
+            training = build.result(stages["finetune"], TrainingLog)
         if until == "finetune":
             return None
 
-        stages["onnx"] = _onnx_stage(build, recipe, checkpoint, dataset)
-        fp32 = OnnxModel(stages["onnx"] / "fp32.onnx", "fp32")
-        parity = msgspec.json.decode((stages["onnx"] / "parity.json").read_bytes(), type=Parity)
+        models, distillation = {MODEL: checkpoint}, None
+        if recipe.distill is not None:
+            distilled = run_distillation(
+                build,
+                recipe.distill,
+                checkpoint,
+                dataset,
+                recipe.export.max_length,
+                until=until,
+                ablate=ablate,
+            )
+            stages |= distilled.stages
+            models, distillation = distilled.models, distilled.log
+        processes.part()
+        if until in ("teach", "distill", "ablate") or not processes.is_leader():
+            return None
+
+        exported: dict[str, OnnxModel] = {}
+        parities: dict[str, Parity] = {}
+        for name, model in models.items():
+            stage = _onnx_stage(build, recipe, name, model, dataset)
+            stages[_stage_name("onnx", name)] = stage
+            exported[name] = OnnxModel(stage / "fp32.onnx", "fp32")
+            parities[name] = build.result(stage, Parity)
         if until == "onnx":
             return None
 
-        variants = {"fp32": VariantSource(fp32, ("cpu", "cuda"))}
-        if recipe.quantise.cpu:
-            stages["quantise"] = _quantise_stage(build, recipe, fp32)
-            int8 = OnnxModel(stages["quantise"] / "int8-cpu.onnx", "int8")
-            # Before FP32: the order is what a device prefers.
-            variants = {"int8-cpu": VariantSource(int8, ("cpu",)), **variants}
+        # INT8 before FP32: the order is what a device prefers.
+        variants: dict[str, dict[str, VariantSource]] = {}
+        for name, fp32 in exported.items():
+            variants[name] = {}
+            if recipe.quantise.cpu:
+                stage = _quantise_stage(build, recipe, name, fp32)
+                stages[_stage_name("quantise", name)] = stage
+                int8 = OnnxModel(stage / "int8-cpu.onnx", "int8")
+                variants[name]["int8-cpu"] = VariantSource(int8, ("cpu",))
+            variants[name]["fp32"] = VariantSource(fp32, ("cpu", "cuda"))
         if until == "quantise":
             return None
 
+        seed = recipe.distill.seed if recipe.distill else None
         provenance = Provenance(
             edgebert=edgebert_runtime.__version__,
             recipe_sha256=recipe.sha256(),
             model_sha256=source.sha256,
             data_sha256=summary.sha256,
-            seed=recipe.finetune.seed if training else None,
+            seed=recipe.finetune.seed if training else seed,
             versions=library_versions(),
         )
-        stages["bundle"] = _bundle_stage(build, recipe, checkpoint, dataset, variants, provenance)
-        bundle = Bundle.open(stages["bundle"] / "bundle")
+        bundles: dict[str, Bundle] = {}
+        for name, model in models.items():
+            stage = _bundle_stage(build, recipe, name, model, dataset, variants[name], provenance)
+            stages[_stage_name("bundle", name)] = stage
+            bundles[name] = Bundle.open(stage / "bundle")
         if until == "bundle":
             return None
 
-        stages["evaluate"] = _evaluate_stage(build, recipe, bundle, dataset)
-        data = (stages["evaluate"] / "evaluation.json").read_bytes()
-        evaluation = msgspec.json.decode(data, type=Evaluation)
+        stages["evaluate"] = _evaluate_stage(build, recipe, bundles, dataset)
+        evaluation = build.result(stages["evaluate"], Evaluation)
+        bundle = next(iter(bundles.values()))
         report = Report(
             report_version=REPORT_VERSION,
             name=recipe.name,
@@ -144,15 +262,36 @@ def export(
             task=bundle.manifest.task,
             data=summary,
             training=training,
-            parity=parity,
+            distillation=distillation,
+            models={
+                name: ModelSummary(
+                    model_type=model.model_type,
+                    layers=model.architecture.layers,
+                    parameters=count_parameters(model),
+                    checkpoint_sha256=model.sha256,
+                    parity=parities[name],
+                )
+                for name, model in models.items()
+            },
             evaluation=evaluation,
             gate=apply_gate(evaluation, recipe.gate),
             stages={name: build.record(path) for name, path in stages.items()},
             provenance=provenance,
         )
-        _publish(build, bundle, report, reporter)
+        publish(build, next(iter(models.values())), bundle, report, reporter)
         build.remove_unused()
         return report
+
+
+def _describe(summary: DataSummary, reporter: Reporter) -> None:
+    for split, count in summary.rows.items():
+        balance = ", ".join(f"{k} {v}" for k, v in summary.labels.get(split, {}).items())
+        reporter.line(f"  {split}: {count} rows" + (f" ({balance})" if balance else ""))
+
+
+def _stage_name(stage: str, model: str) -> str:
+    """How the report calls a stage that runs once for each model."""
+    return stage if model == MODEL else f"{stage}, {model}"
 
 
 def _fetch(
@@ -174,14 +313,14 @@ def _finetune_stage(
 ) -> Path:
     key = stage_key(
         "finetune",
-        (*_LOADING, "edgebert_export.finetune"),
+        (*_LOADING, *TRAINING, "edgebert_export.finetune"),
         source.sha256,
         dataset.sha256("train", "validation"),
         recipe.finetune,
         recipe.export.max_length,
     )
 
-    def produce(out: Path, progress: Progress) -> None:
+    def produce(out: Path, progress: Progress) -> TrainingLog:
         _, log = finetune(
             source,
             dataset,
@@ -191,42 +330,45 @@ def _finetune_stage(
             out=out / "checkpoint",
             on_progress=progress,
         )
-        (out / "training.json").write_bytes(msgspec.json.encode(log))
+        return log
 
     what = f"{len(dataset.train)} rows, up to {recipe.finetune.epochs} epochs"
-    if build.interrupted("finetune", key):
-        what += ", going on from the last save of an interrupted run"
-    return build.stage("finetune", key, what, produce)
-
-
-def _read_finetuned(stage: Path) -> tuple[Checkpoint, TrainingLog]:
-    log = msgspec.json.decode((stage / "training.json").read_bytes(), type=TrainingLog)
-    return open_checkpoint(stage / "checkpoint"), log
+    what += build.going_on("finetune", key)
+    return build.stage("finetune", key, what, produce, together=True)
 
 
 def _onnx_stage(
-    build: BuildDirectory, recipe: Recipe, checkpoint: Checkpoint, dataset: Dataset
+    build: BuildDirectory, recipe: Recipe, name: str, checkpoint: Checkpoint, dataset: Dataset
 ) -> Path:
     key = stage_key(
         "onnx",
-        (*_LOADING, "edgebert_export.to_onnx", "edgebert_runtime.onnx_session"),
+        (
+            "edgebert_pipeline.run",
+            *LOADING,
+            "edgebert_export.to_onnx",
+            "edgebert_runtime.onnx_session",
+        ),
         checkpoint.sha256,
         dataset.sha256("train", "validation"),
         recipe.export,
     )
 
-    def produce(out: Path, progress: Progress) -> None:
+    def produce(out: Path, progress: Progress) -> Parity:
         model = to_onnx(checkpoint, dataset.task, recipe.export, out / "fp32.onnx")
         texts = [example.text for example in (*dataset.validation, *dataset.train)]
-        parity = measure_parity(
+        return measure_parity(
             checkpoint, dataset.task, model, texts, recipe.export, on_progress=progress
         )
-        (out / "parity.json").write_bytes(msgspec.json.encode(parity))
 
-    return build.stage("onnx", key, "export, and comparison with PyTorch", produce)
+    what = f"{_of(name)}export, and comparison with PyTorch"
+    return build.stage("onnx", key, what, produce)
 
 
-def _quantise_stage(build: BuildDirectory, recipe: Recipe, fp32: OnnxModel) -> Path:
+def _of(model: str) -> str:
+    return "" if model == MODEL else f"{model}, "
+
+
+def _quantise_stage(build: BuildDirectory, recipe: Recipe, name: str, fp32: OnnxModel) -> Path:
     key = stage_key(
         "quantise",
         ("edgebert_pipeline.run", "edgebert_export.quantise"),
@@ -237,12 +379,14 @@ def _quantise_stage(build: BuildDirectory, recipe: Recipe, fp32: OnnxModel) -> P
     def produce(out: Path, progress: Progress) -> None:
         quantise_cpu(fp32, recipe.quantise, out / "int8-cpu.onnx")
 
-    return build.stage("quantise", key, "INT8 for CPUs, dynamic, per channel", produce)
+    what = f"{_of(name)}INT8 for CPUs, dynamic, per channel"
+    return build.stage("quantise", key, what, produce)
 
 
 def _bundle_stage(
     build: BuildDirectory,
     recipe: Recipe,
+    name: str,
     checkpoint: Checkpoint,
     dataset: Dataset,
     variants: dict[str, VariantSource],
@@ -250,8 +394,14 @@ def _bundle_stage(
 ) -> Path:
     key = stage_key(
         "bundle",
-        (*_LOADING, *_SERVING, "edgebert_export.write_bundle", "edgebert_export.thresholds"),
-        [(name, source.model.sha256(), source.devices) for name, source in variants.items()],
+        (
+            "edgebert_pipeline.run",
+            *LOADING,
+            *_SERVING,
+            "edgebert_export.write_bundle",
+            "edgebert_export.thresholds",
+        ),
+        [(variant, source.model.sha256(), source.devices) for variant, source in variants.items()],
         checkpoint.sha256,
         dataset.sha256("validation"),
         recipe.name,
@@ -271,7 +421,7 @@ def _bundle_stage(
             provenance=provenance,
         )
 
-    return build.stage("bundle", key, "models, tokenizer, manifest", produce)
+    return build.stage("bundle", key, f"{_of(name)}models, tokenizer, manifest", produce)
 
 
 def _with_thresholds(
@@ -290,40 +440,43 @@ def _with_thresholds(
 
 
 def _evaluate_stage(
-    build: BuildDirectory, recipe: Recipe, bundle: Bundle, dataset: Dataset
+    build: BuildDirectory, recipe: Recipe, bundles: Mapping[str, Bundle], dataset: Dataset
 ) -> Path:
     key = stage_key(
         "evaluate",
         (*_SERVING, "edgebert_pipeline.run", "edgebert_pipeline.evaluate"),
-        bundle.digest,
+        [(name, bundle.digest) for name, bundle in bundles.items()],
         dataset.sha256("test"),
         recipe.evaluate,
         machine(),  # speed measured elsewhere must not pass for this machine's
     )
 
-    def produce(out: Path, progress: Progress) -> None:
-        evaluation = evaluate(
-            bundle.path,
+    def produce(out: Path, progress: Progress) -> Evaluation:
+        return evaluate(
+            {name: bundle.path for name, bundle in bundles.items()},
             dataset.test,
             latency_texts=recipe.evaluate.latency_texts,
             latency_repeats=recipe.evaluate.latency_repeats,
             intra_op_threads=recipe.evaluate.intra_op_threads,
             on_progress=progress,
         )
-        (out / "evaluation.json").write_bytes(msgspec.json.encode(evaluation))
 
     return build.stage("evaluate", key, f"{len(dataset.test)} test rows, and speed", produce)
 
 
-def _publish(build: BuildDirectory, bundle: Bundle, report: Report, reporter: Reporter) -> None:
+def _publish(
+    build: BuildDirectory,
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    report: Report,
+    reporter: Reporter,
+) -> None:
     """Puts the report, and the bundle that it judges, where the user looks for them.
 
     Only a bundle that passed is called ``bundle``: what devices pick up is signed off.
     """
     with build.writing() as partial:
-        json = msgspec.json.format(msgspec.json.encode(report), indent=2)
-        (partial / "report.json").write_bytes(json + b"\n")
-        (partial / "report.md").write_text(render_markdown(report), encoding="utf-8")
+        _write_report(partial, report)
         name = "bundle" if report.passed else "bundle.refused"
         if not _is_copy_of(bundle, build.path / name):
             build.publish(bundle.path, name)
@@ -334,6 +487,32 @@ def _publish(build: BuildDirectory, bundle: Bundle, report: Report, reporter: Re
             reporter.line(f"{build.path / 'bundle'} is this very build: withdrawn")
         for file in ("report.json", "report.md"):
             build.publish(partial / file, file)
+
+
+def _publish_student(
+    build: BuildDirectory,
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    report: Report,
+    reporter: Reporter,
+) -> None:
+    """Puts the student's checkpoint into the build directory itself, and the report beside it."""
+    with build.writing() as partial:
+        _write_report(partial, report)
+        # Last comes what makes it a checkpoint: half of one and half of an older one is none.
+        (build.path / "config.json").unlink(missing_ok=True)
+        for name in sorted(CHECKPOINT_FILES, key="config.json".__eq__):
+            file = checkpoint.path / name
+            if file.is_file():
+                build.publish(file, name)
+        for name in ("report.json", "report.md"):
+            build.publish(partial / name, name)
+
+
+def _write_report(directory: Path, report: Report) -> None:
+    json = msgspec.json.format(msgspec.json.encode(report), indent=2)
+    (directory / "report.json").write_bytes(json + b"\n")
+    (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
 
 
 def _is_copy_of(bundle: Bundle, path: Path) -> bool:

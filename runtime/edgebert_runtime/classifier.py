@@ -165,7 +165,11 @@ class Classifier:
             InputError: A text is not what the task takes.
             DeviceError: The backend failed, or the classifier is closed.
         """
-        return [self._prediction(row) for row in self.scores(texts)]
+        return self.predictions(self.scores(texts))
+
+    def predictions(self, scores: NDArray[np.float32]) -> list[Prediction]:
+        """Returns what rows of ``scores`` say: ``predict`` for who needs the scores, too."""
+        return [self._prediction(row) for row in scores]
 
     def scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         """Returns probabilities, ``float32[len(texts), labels]``, in the order of ``texts``.

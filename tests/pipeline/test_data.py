@@ -240,3 +240,53 @@ def test_a_label_that_is_no_number_where_ranges_are_wanted(tmp_path: Path) -> No
     ranges = {"bad": (0.0, 1.0), "good": (2.0, 3.0)}
     with pytest.raises(DataError, match=r"line 2: 'bad' in 'label' is no number"):
         load_dataset(config(source, label_ranges=ranges), tmp_path)
+
+
+def test_unlabelled_texts_are_those_in_no_other_split(tmp_path: Path) -> None:
+    """The file of train again, with numbers in no range, a repeated and a contradicted text."""
+    rows: list[dict[str, Any]] = [
+        {"text": f"row {i}", "label": (-2.0, 0.0, 2.0)[i % 3]} for i in range(600)
+    ]
+    rows += [{"text": "row 1", "label": 0.0}, {"text": "row 0", "label": 2.0}]
+    source = write(tmp_path / "rows.csv", rows)
+    ranges = {"bad": (-4.0, -1.0), "good": (1.0, 4.0)}
+    alone, _ = load_dataset(config(source, label_ranges=ranges), tmp_path)
+    dataset, summary = load_dataset(
+        config(source, label_ranges=ranges, unlabelled=source), tmp_path
+    )
+    left_out = {row["text"] for row in rows[:600] if row["label"] == 0.0} | {"row 0"}
+    assert texts(dataset.unlabelled) == left_out
+    assert {example.labels for example in dataset.unlabelled} == {()}
+    assert summary.rows["unlabelled"] == len(left_out)
+    assert (summary.duplicates, summary.contradictions) == (0, 2)  # of labelled rows alone
+    assert dataset.without_unlabelled() == alone
+    assert dataset.sha256() != alone.sha256()
+
+
+def test_unlabelled_pairs_keep_away_from_the_first_texts_of_the_test_split(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"first {i // 2}", "other": f"second {i}", "label": LABELS[i % 2]}
+        for i in range(600)
+    ]
+    more = [{"text": f"first {i}", "other": "new"} for i in range(300)]
+    dataset, _ = load_dataset(
+        config(
+            write(tmp_path / "rows.jsonl", rows),
+            text_pair="other",
+            unlabelled=write(tmp_path / "more.jsonl", more),
+        ),
+        tmp_path,
+    )
+    taken = {text[0] for text in texts(dataset.test) | texts(dataset.validation)}
+    assert texts(dataset.unlabelled) == {
+        (row["text"], "new") for row in more if row["text"] not in taken
+    }
+
+
+def test_unlabelled_texts_that_are_all_in_other_splits_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_of(400))
+    with pytest.raises(DataError, match=r"data\.unlabelled: every text is also in train"):
+        load_dataset(config(source, unlabelled=source), tmp_path)
+    (tmp_path / "empty.csv").write_text("text\n")
+    with pytest.raises(DataError, match=r"empty\.csv has no rows"):
+        load_dataset(config(source, unlabelled=RowsSource(path="empty.csv")), tmp_path)

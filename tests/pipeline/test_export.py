@@ -22,6 +22,9 @@ from edgebert_pipeline.run import export
 from edgebert_runtime import Classifier
 from edgebert_runtime.bundle import Bundle
 
+PLAIN = tuple(stage for stage in STAGES if stage not in ("teach", "distill", "ablate"))
+"""The stages of a recipe that distils nothing."""
+
 
 def read_report(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
@@ -58,14 +61,14 @@ def test_a_recipe_becomes_a_bundle_that_the_runtime_serves(
     out = tmp_path / "out"
     report = export(write_recipe(task), out)
     assert report is not None
-    reference = next(v for v in report.evaluation.variants if v.name == "fp32")
-    assert [v.name for v in report.evaluation.variants] == ["int8-cpu", "fp32"]
-    assert reference.flips == 0
+    assert [v.full_name for v in report.evaluation.variants] == ["int8-cpu", "fp32"]
+    assert report.evaluation.reference("model").name == "fp32"
+    assert report.evaluation.reference("model").flips == 0
     for variant in report.evaluation.variants:
         assert 0 <= variant.accuracy_low <= variant.accuracy <= variant.accuracy_high <= 1
         assert variant.timing.latency_p99_ms >= variant.timing.latency_p50_ms > 0
         assert variant.timing.throughput_texts_per_s > 0
-    assert report.parity.max_difference <= 1e-4
+    assert report.models["model"].parity.max_difference <= 1e-4
     with Classifier.load(out / "bundle") as classifier:
         assert classifier.choice is not None
         assert classifier.choice.variant.name == "int8-cpu"
@@ -95,7 +98,7 @@ def test_a_second_run_reuses_every_stage_and_changes_nothing(built, edgebert) ->
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name[0] != "."}
     second = edgebert("export", recipe, "--out", out)
     assert second.returncode == 0
-    assert [f"{name}: reused" in second.stderr for name in STAGES] == [True] * len(STAGES)
+    assert [f"{name}: reused" in second.stderr for name in PLAIN] == [True] * len(PLAIN)
     assert second.stdout == printed
     after = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name[0] != "."}
     assert after == before
@@ -117,7 +120,7 @@ def test_a_changed_limit_of_the_gate_measures_nothing_again(built, write_recipe,
     _, out, _ = built
     done = edgebert("export", write_recipe(extra="[gate]\nmax_p99_ms = 1e6"), "--out", out)
     assert done.returncode == 0
-    assert reused_stages(done.stderr) == list(STAGES)
+    assert reused_stages(done.stderr) == list(PLAIN)
     assert [check["limit"] for check in read_report(out)["gate"]] == ["max_p99_ms"]
 
 
@@ -223,12 +226,12 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_result(
     recipe, whole, _ = built
     broken = tmp_path / "broken"
     command = edgebert_command("export", recipe, "--out", broken)
-    for index, stage in enumerate(STAGES):
+    for index, stage in enumerate(PLAIN):
         said = killed_when(command, f"{stage}: ")
-        for finished_stage in STAGES[: max(index - 1, 0)]:
+        for finished_stage in PLAIN[: max(index - 1, 0)]:
             assert f"{finished_stage}: reused" in said
         for name in stage_directories(broken):
-            assert name.startswith(("tmp-", "work-")) or name.rpartition("-")[0] in STAGES[:index]
+            assert name.startswith(("tmp-", "work-")) or name.rpartition("-")[0] in PLAIN[:index]
         assert not (broken / "bundle").exists()
     done = edgebert("export", recipe, "--out", broken)
     assert done.returncode == 0, done.stderr

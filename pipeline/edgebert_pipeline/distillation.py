@@ -1,0 +1,159 @@
+"""The stages that make a student, for the chain and for ``edgebert distill``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgebert_export.checkpoint import Checkpoint, open_checkpoint
+from edgebert_export.dataset import Dataset
+from edgebert_export.distill import DistillationLog, DistillConfig, check_teacher, distill
+from edgebert_export.teach import open_outputs, teach
+from edgebert_pipeline.build import LOADING, TRAINING, BuildDirectory, stage_key
+from edgebert_pipeline.evaluate import HARD_LABEL, STUDENT, TEACHER
+from edgebert_pipeline.progress import Progress
+from edgebert_pipeline.report import Distillation
+
+__all__ = ["Distilled", "run_distillation"]
+
+_DISTILLING = (
+    *LOADING,
+    *TRAINING,
+    "edgebert_pipeline.distillation",
+    "edgebert_export.distill",
+    "edgebert_export.student",
+    "edgebert_export.teach",
+)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The student first, then its teacher, then what it is compared with; and how it was made."""
+
+    models: dict[str, Checkpoint]
+    log: Distillation | None
+    stages: dict[str, Path]
+
+
+def run_distillation(
+    build: BuildDirectory,
+    config: DistillConfig,
+    teacher: Checkpoint,
+    dataset: Dataset,
+    max_length: int,
+    *,
+    until: str | None = None,
+    ablate: bool = False,
+) -> Distilled:
+    """Runs the stages that make a student of ``teacher``: teach, distill and, if wanted, ablate.
+
+    Args:
+        build: Where the stages' output is kept.
+        config: How to distil.
+        teacher: A classifier for the task of ``dataset``.
+        dataset: Rows to learn from and to validate on.
+        max_length: Longest row in tokens.
+        until: Last stage to run; ``distill`` leaves an ablation out.
+        ablate: Whether to train the student on hard labels alone, too.
+
+    Raises:
+        CheckpointError: The teacher is no classifier for the task.
+        TrainingError: The student cannot be made as ``config`` says.
+    """
+    check_teacher(teacher, dataset.task, config)
+    stages = {"teach": _teach_stage(build, config, teacher, dataset, max_length)}
+    if until == "teach":
+        return Distilled({}, None, stages)
+    answers = stages["teach"]
+    stages["distill"] = _student_stage(
+        build, "distill", config, teacher, dataset, max_length, answers
+    )
+    student = open_checkpoint(stages["distill"] / "checkpoint")
+    models = {STUDENT: student, TEACHER: teacher}
+    log = build.result(stages["distill"], DistillationLog)
+    ablation = None
+    if ablate and until != "distill":
+        stages["ablate"] = _student_stage(
+            build,
+            "ablate",
+            config.hard_labels_only(log.layer_map),
+            teacher,
+            dataset.without_unlabelled(),
+            max_length,
+            answers,
+        )
+        models[HARD_LABEL] = open_checkpoint(stages["ablate"] / "checkpoint")
+        ablation = build.result(stages["ablate"], DistillationLog)
+    return Distilled(models, Distillation(student=log, hard_label=ablation), stages)
+
+
+def _teach_stage(
+    build: BuildDirectory,
+    config: DistillConfig,
+    teacher: Checkpoint,
+    dataset: Dataset,
+    max_length: int,
+) -> Path:
+    limit_mb = config.hidden_limit_mb if config.hidden_weight > 0 else 0
+    key = stage_key(
+        "teach",
+        (*LOADING, "edgebert_pipeline.distillation", "edgebert_export.teach"),
+        teacher.sha256,
+        dataset.sha256("train", "unlabelled", "validation"),
+        max_length,
+        limit_mb,
+    )
+
+    def produce(out: Path, progress: Progress) -> None:
+        teach(
+            teacher,
+            dataset,
+            max_length=max_length,
+            hidden_limit_mb=limit_mb,
+            out=out / "outputs",
+            on_progress=progress,
+        )
+
+    count = len(dataset.train) + len(dataset.unlabelled) + len(dataset.validation)
+    return build.stage("teach", key, f"the teacher's answers to {count} texts", produce)
+
+
+def _student_stage(
+    build: BuildDirectory,
+    stage: str,
+    config: DistillConfig,
+    teacher: Checkpoint,
+    dataset: Dataset,
+    max_length: int,
+    answers: Path,
+) -> Path:
+    key = stage_key(
+        stage,
+        _DISTILLING,
+        answers.name,
+        dataset.sha256("train", "unlabelled", "validation"),
+        config,
+        max_length,
+    )
+
+    def produce(out: Path, progress: Progress) -> DistillationLog:
+        _, log = distill(
+            teacher,
+            dataset,
+            config,
+            outputs=open_outputs(answers / "outputs"),
+            max_length=max_length,
+            work=build.work(stage, key),
+            out=out / "checkpoint",
+            on_progress=progress,
+        )
+        return log
+
+    layers = f"{config.layers_for(teacher)} of {teacher.architecture.layers} layers"
+    rows = f"{len(dataset.train)} rows"
+    if dataset.unlabelled:
+        rows += f" and {len(dataset.unlabelled)} unlabelled texts"
+    if stage == "ablate":
+        rows += ", hard labels only"
+    what = f"{layers}, {rows}, up to {config.epochs} epochs" + build.going_on(stage, key)
+    return build.stage(stage, key, what, produce, together=True)
