@@ -86,7 +86,8 @@ def maps(bench: Bench) -> None:
 
 def step(bench: Bench) -> None:
     """Prints what a step takes with the teacher's outputs and without, in one run."""
-    layer_map = next(iter(layer_maps(bench.teacher.architecture.layers, 3).values()))
+    layers = bench.config.layers_for(bench.teacher)
+    layer_map = next(iter(layer_maps(bench.teacher.architecture.layers, layers).values()))
     configs = {
         "distilling": msgspec.structs.replace(bench.config, layers=None, layer_map=layer_map),
         "hard labels only": bench.config.hard_labels_only(layer_map),

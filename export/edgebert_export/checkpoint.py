@@ -362,7 +362,12 @@ def _check_weights(
             raise CheckpointError(f"{path}: {name} holds NaN or infinity")
 
 
-def check_matches(checkpoint: Checkpoint, task: Task) -> None:
+def check_matches(
+    checkpoint: Checkpoint,
+    task: Task,
+    *,
+    hint: str = '. To train a new head, set finetune.mode = "always"',
+) -> None:
     """Raises ``CheckpointError`` if the head does not answer ``task``, saying what differs."""
     if checkpoint.matches(task):
         return
@@ -372,7 +377,7 @@ def check_matches(checkpoint: Checkpoint, task: Task) -> None:
         have = f"a {kind} head for {len(checkpoint.labels)} labels ({', '.join(checkpoint.labels)})"
     raise CheckpointError(
         f"{checkpoint.path} has {have}; the task is {task.kind} with {len(task.labels)} labels "
-        f'({", ".join(task.labels)}). To train a new head, set finetune.mode = "always"'
+        f"({', '.join(task.labels)}){hint}"
     )
 
 

@@ -8,8 +8,9 @@ last hidden states.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,11 @@ from edgebert_export.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from edgebert_export.dataset import Dataset
-from edgebert_export.errors import CheckpointError
+from edgebert_export.dataset import Dataset, Example
+from edgebert_export.errors import CheckpointError, TrainingError
 from edgebert_export.student import check_layer_map, layer_maps, make_student
 from edgebert_export.teach import TeacherOutputs, answers
-from edgebert_export.training import TrainingConfig, TrainingLog, target_of, train
+from edgebert_export.training import TrainingConfig, TrainingLog, encode_all, target_of, train
 from edgebert_runtime.encoder import Encoded
 from edgebert_runtime.manifest import Task
 
@@ -97,6 +98,7 @@ class DistillConfig(TrainingConfig, frozen=True, kw_only=True):
     learning_rate: Annotated[float, Meta(gt=0, description="Peak learning rate of AdamW.")] = 1e-4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kl_weight + self.hard_weight == 0:
             raise ValueError("kl_weight and hard_weight are both 0: nothing trains the head")
         wanted = self.layers or len(self.layer_map)
@@ -104,11 +106,6 @@ class DistillConfig(TrainingConfig, frozen=True, kw_only=True):
             raise ValueError(f"layer_map names {len(self.layer_map)} layers and layers is {wanted}")
         if self.layer_map == ():
             raise ValueError("layer_map names no layer")
-
-    @property
-    def asks_teacher(self) -> bool:
-        """Whether the loss needs the teacher; without it, unlabelled rows say nothing."""
-        return self.kl_weight + self.hidden_weight > 0
 
     def layers_for(self, teacher: Checkpoint) -> int:
         """Layers of the student of ``teacher``."""
@@ -118,6 +115,7 @@ class DistillConfig(TrainingConfig, frozen=True, kw_only=True):
 
     def hard_labels_only(self, layer_map: tuple[int, ...]) -> DistillConfig:
         """The same training without the teacher: what distilling must be better than."""
+        default = DistillConfig()
         return msgspec.structs.replace(
             self,
             layers=None,
@@ -125,6 +123,10 @@ class DistillConfig(TrainingConfig, frozen=True, kw_only=True):
             kl_weight=0.0,
             hidden_weight=0.0,
             hard_weight=1.0,
+            # These then mean nothing; another value must not look like another training.
+            temperature=default.temperature,
+            trial_steps=default.trial_steps,
+            hidden_limit_mb=default.hidden_limit_mb,
         )
 
 
@@ -137,7 +139,7 @@ class DistillationLog(msgspec.Struct, frozen=True, kw_only=True):
             layers; empty when the recipe chose.
         texts: Texts learnt from.
         unlabelled: Of these, how many have no label.
-        hidden: Of these, how many had the teacher's hidden states.
+        hidden: Of these, how many had the teacher's hidden states; ``None`` if not asked for.
         training: The training itself.
     """
 
@@ -145,7 +147,7 @@ class DistillationLog(msgspec.Struct, frozen=True, kw_only=True):
     trials: dict[str, float]
     texts: int
     unlabelled: int
-    hidden: int
+    hidden: int | None
     training: TrainingLog
 
 
@@ -178,9 +180,9 @@ def check_teacher(teacher: Checkpoint, task: Task, config: DistillConfig) -> Non
     if teacher.labels is None:
         raise CheckpointError(
             f"{teacher.path} has no classification head: a teacher must be fine-tuned first "
-            "(edgebert export does both)"
+            "(edgebert export does, unless finetune.mode says never)"
         )
-    check_matches(teacher, task)
+    check_matches(teacher, task, hint="")
     check_layers(teacher, config)
 
 
@@ -241,7 +243,11 @@ def distill(
         trials=trials,
         texts=len(job.rows),
         unlabelled=sum(row.target is None for row in job.rows),
-        hidden=sum(job.hidden_of(row) is not None for row in job.rows),
+        hidden=(
+            sum(job.hidden_of(row) is not None for row in job.rows)
+            if config.hidden_weight > 0
+            else None
+        ),
         training=training,
     )
     return open_checkpoint(out), log
@@ -280,18 +286,26 @@ class DistillationJob:
             text_pair=data.task.text_pair,
             model_type="distilbert",
         )
-        unlabelled = data.unlabelled if config.asks_teacher else ()
-        examples = (*data.train, *unlabelled, *data.validation)
-        encoded = self.encoder.encode([example.text for example in examples])
-        first_validation = len(examples) - len(data.validation)
-        rows = []
-        for index, (row, example) in enumerate(zip(encoded, examples, strict=True)):
-            target = None
-            if not len(data.train) <= index < first_validation:
-                target = target_of(example, data.task)
-            rows.append(_Row(row, target, index if index < first_validation else None))
-        self.rows, self.validation = rows[:first_validation], rows[first_validation:]
         self._validation_start = len(outputs.logits) - len(data.validation)
+
+        def encoded(examples: Sequence[Example]) -> list[Encoded]:
+            return encode_all(self.encoder, [example.text for example in examples])
+
+        labelled = zip(encoded(data.train), data.train, strict=True)
+        self.rows = [
+            _Row(row, target_of(example, data.task), index)
+            for index, (row, example) in enumerate(labelled)
+        ]
+        more = (
+            _Row(row, None, index)
+            for index, row in enumerate(encoded(data.unlabelled), start=len(data.train))
+        )
+        # A text without a label says something by what the teacher says of it, or nothing.
+        self.rows += [r for r in more if config.kl_weight > 0 or self.hidden_of(r) is not None]
+        self.validation = [
+            _Row(row, target_of(example, data.task), None)
+            for row, example in zip(encoded(data.validation), data.validation, strict=True)
+        ]
         self.steps = config.epochs * -(-len(self.rows) // config.batch_size)
 
     def try_out(
@@ -309,6 +323,8 @@ class DistillationJob:
             report = partial(_report_after, number * steps, on_progress)
             student, _ = self.train(layer_map, work, report, max_steps=steps)
             done[name] = processes.from_leader(self._validation_divergence(student))
+            if not math.isfinite(done[name]):
+                raise TrainingError("the trial of a layer map diverged; lower learning_rate")
             if processes.is_leader():
                 new = file.with_suffix(".new")
                 new.write_text(json.dumps(done))
@@ -353,10 +369,10 @@ class DistillationJob:
             self._task,
             layer_map,
             dropout=self._config.dropout,
-            first_tokens=torch.from_numpy(
-                np.array(self._outputs.first_tokens[: self._validation_start])
+            first_tokens=torch.from_numpy(np.array(self._outputs.first_tokens)),
+            logits=torch.from_numpy(
+                np.array(self._outputs.logits[: len(self._outputs.first_tokens)])
             ),
-            logits=torch.from_numpy(np.array(self._outputs.logits[: self._validation_start])),
         )
 
     def hidden_of(self, row: _Row) -> NDArray[np.float16] | None:

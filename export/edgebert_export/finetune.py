@@ -21,7 +21,7 @@ from edgebert_export.checkpoint import (
     save_checkpoint,
 )
 from edgebert_export.dataset import Dataset, Example
-from edgebert_export.training import TrainingConfig, TrainingLog, target_of, train
+from edgebert_export.training import TrainingConfig, TrainingLog, encode_all, target_of, train
 from edgebert_runtime.encoder import Encoded
 from edgebert_runtime.manifest import Task
 
@@ -94,7 +94,7 @@ def finetune(
     encoder = checkpoint_encoder(checkpoint, max_length=max_length, text_pair=data.task.text_pair)
 
     def rows(examples: Sequence[Example]) -> list[_Row]:
-        encoded = encoder.encode([example.text for example in examples])
+        encoded = encode_all(encoder, [example.text for example in examples])
         targets = [target_of(example, data.task) for example in examples]
         return [_Row(*row) for row in zip(encoded, targets, strict=True)]
 

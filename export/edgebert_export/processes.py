@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from edgebert_runtime.errors import EdgebertError
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -22,6 +24,7 @@ __all__ = [
     "is_leader",
     "one_on_each_machine_first",
     "part",
+    "rank",
     "wait_for_all",
 ]
 
@@ -37,15 +40,21 @@ def count() -> int:
     return 1 if _parted else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_leader() -> bool:
     """Whether this process is the one that writes and reports."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def wait_for_all() -> None:
     """Waits until every process is here."""
     if count() > 1:
-        _state().wait_for_everyone()
+        with _others_there():
+            _state().wait_for_everyone()
 
 
 def part() -> None:
@@ -62,9 +71,10 @@ def from_leader(value: _T) -> _T:
         return value
     from accelerate.utils import broadcast_object_list
 
-    _state()
     shared = [value]
-    broadcast_object_list(shared, from_process=0)
+    with _others_there():
+        _state()
+        broadcast_object_list(shared, from_process=0)
     return shared[0]
 
 
@@ -74,8 +84,21 @@ def one_on_each_machine_first() -> Iterator[None]:
     if count() == 1:
         yield
         return
-    with _state().local_main_process_first():
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if not first:
+        wait_for_all()
+    yield
+    if first:
+        wait_for_all()
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    """Says in one line that another process has ended, which said itself why."""
+    try:
         yield
+    except RuntimeError as exc:
+        raise EdgebertError("another process of this run has ended; see its message") from exc
 
 
 def _state() -> PartialState:

@@ -38,8 +38,7 @@ _RIDGE = 1e-3
 def layer_maps(teacher_layers: int, student_layers: int) -> dict[str, tuple[int, ...]]:
     """Returns the sensible choices of teacher layers (from 0), by name; equal ones once.
 
-    Taking the lowest layers alone is not among them: good before fine-tuning, it is at chance
-    after it (docs/decisions/0010).
+    Taking the lowest layers alone is not among them (docs/decisions/0010).
     """
     n, k = teacher_layers, student_layers
     maps = {
@@ -103,7 +102,8 @@ def make_student(
         task: What the head answers.
         layer_map: Which of the teacher's layers to take, from 0.
         dropout: Of the student, everywhere.
-        first_tokens: The teacher's last hidden state of the first token, ``float32[n, dim]``.
+        first_tokens: The teacher's last hidden state of the first token, ``float32[n, dim]``;
+            not looked at for a DistilBERT, whose head is copied.
         logits: The teacher's raw outputs for the same texts, ``float32[n, labels]``.
     """
     from transformers import DistilBertConfig, DistilBertForSequenceClassification

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgebert_export.checkpoint import Checkpoint, checkpoint_encoder, load_model
 from edgebert_export.dataset import Dataset
+from edgebert_export.training import encode_all
 from edgebert_runtime.encoder import Encoded, TextEncoder
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["TeacherOutputs", "answers", "open_outputs", "teach"]
 
 _BATCH_ROWS = 64
+_FITTED_TEXTS = 8192
+_LARGEST = 60000.0
+"""Of the numbers that half precision can hold, rounded down."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class TeacherOutputs:
 
     Attributes:
         logits: Raw outputs, ``float32[texts, labels]``.
-        first_tokens: Last hidden state of the first token, ``float32[texts, dim]``.
+        first_tokens: Last hidden state of the first token of as many texts (the first) as a
+            student's head is fitted to, ``float32[fitted, dim]``; none of a DistilBERT teacher.
         hidden: Last hidden states of every token, one text after the other,
             ``float16[tokens, dim]``, of as many of train and unlabelled (the first) as fit.
         starts: Where each of those texts begins in ``hidden``, and the end,
@@ -75,7 +81,8 @@ def teach(
     model = load_model(teacher, task)
     encoder = checkpoint_encoder(teacher, max_length=max_length, text_pair=task.text_pair)
     to_learn = [example.text for example in (*data.train, *data.unlabelled)]
-    rows = encoder.encode(to_learn + [example.text for example in data.validation])
+    rows = encode_all(encoder, to_learn + [example.text for example in data.validation])
+    fitted = min(len(to_learn), _FITTED_TEXTS) if teacher.model_type == "bert" else 0
     dim = int(model.config.hidden_size)
     ends = np.cumsum([len(row.ids) for row in rows[: len(to_learn)]], dtype=np.int64)
     kept = int(np.searchsorted(ends * dim * 2, hidden_limit_mb * 10**6, side="right"))
@@ -88,18 +95,21 @@ def teach(
         if 0 in shape:  # nothing cannot be mapped
             np.save(file, np.empty(shape, dtype))
             return np.empty(shape, dtype)
-        return np.lib.format.open_memmap(file, "w+", dtype, shape)
+        mapped = np.lib.format.open_memmap(file, "w+", dtype, shape)
+        _reserve(file)
+        return mapped
 
     logits = create("logits", np.float32, (len(rows), len(task.labels)))
-    first_tokens = create("first_tokens", np.float32, (len(rows), dim))
+    first_tokens = create("first_tokens", np.float32, (fitted, dim))
     hidden = create("hidden", np.float16, (int(starts[-1]), dim))
     done = 0
     for indices, raw, states in answers(model, encoder, rows, hidden=True):
         logits[indices] = raw
-        first_tokens[indices] = states[:, 0]
         for index, state in zip(indices, states, strict=True):
+            if index < fitted:
+                first_tokens[index] = state[0]
             if index < kept:
-                hidden[starts[index] : starts[index + 1]] = state[: len(rows[index].ids)]
+                hidden[starts[index] : starts[index + 1]] = _halved(state[: len(rows[index].ids)])
         done += len(indices)
         if on_progress is not None:
             on_progress(done, len(rows))
@@ -107,6 +117,23 @@ def teach(
         if isinstance(array, np.memmap):
             array.flush()
     return open_outputs(out)
+
+
+def _reserve(file: Path) -> None:
+    """Takes the disk space of a sparse file now, when there being too little is an error.
+
+    Later, while a mapped page is written, it would end the process.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+
+
+def _halved(state: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Returns a state in half precision; what is too large keeps its direction, all that counts."""
+    largest = np.abs(state).max(axis=-1, keepdims=True)
+    half: NDArray[np.float16] = (state / np.maximum(1, largest / _LARGEST)).astype(np.float16)
+    return half
 
 
 def open_outputs(path: Path) -> TeacherOutputs:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -17,18 +19,28 @@ from numpy.typing import NDArray
 from edgebert_export import processes
 from edgebert_export.dataset import Example
 from edgebert_export.errors import TrainingError
+from edgebert_runtime.encoder import Encoded, Text, TextEncoder
 from edgebert_runtime.manifest import Task
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, TrainerCallback
 
-__all__ = ["TrainingConfig", "TrainingLog", "target_of", "train", "validation_score"]
+__all__ = [
+    "TrainingConfig",
+    "TrainingLog",
+    "check_batch_size",
+    "encode_all",
+    "target_of",
+    "train",
+    "validation_score",
+]
 
 _COMPLETE = "edgebert-complete"
 """Lists the files of a Trainer checkpoint, once every one is written; others are thrown away."""
 
 _EVAL_ROWS = 64
+_CHUNK_TEXTS = 4096
 
 _Item = TypeVar("_Item")
 
@@ -59,6 +71,12 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: Annotated[
         int, Meta(ge=0, le=2**32 - 1, description="Seed of new weights, the order and dropout.")
     ] = 7
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; it must be a finite number")
 
 
 class TrainingLog(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,8 +115,8 @@ def train(
 
     Resumes from the last whole Trainer checkpoint under ``work``; an interrupted run ends with
     the same weights as one that was not. Under ``accelerate launch``, each batch is split among
-    the processes, so that their number changes the result by no more than rounding (dropout,
-    which every process draws for itself, apart).
+    the processes, so that without dropout, which each process draws for itself, their number
+    changes the result by no more than rounding.
 
     Args:
         model: What to train.
@@ -115,21 +133,25 @@ def train(
         on_progress: Called with steps done and steps in all.
 
     Raises:
-        TrainingError: The batch cannot be split evenly among the processes.
+        TrainingError: The batch cannot be split evenly among the processes, or training diverged.
     """
+    import torch
     from safetensors.torch import load_file
     from transformers import EarlyStoppingCallback, Trainer
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_callback import PrinterCallback, TrainerState
 
-    steps_per_epoch = -(-len(train_rows) // config.batch_size)
+    check_batch_size(config)
+    all_rows = -(-len(train_rows) // processes.count()) * processes.count()
+    batch_size = min(config.batch_size, all_rows)
+    steps_per_epoch = -(-len(train_rows) // batch_size)
     # Rounded down, so that the last evaluation comes at the end of training or just before it.
     every = max_steps or max(1, steps_per_epoch // config.evaluations_per_epoch)
     own_loss = loss
 
     class OurTrainer(Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
-            return _grouped_by_length([*map(length, train_rows)], config.batch_size, config.seed)
+            return _grouped_by_length([*map(length, train_rows)], batch_size, config.seed)
 
         def compute_loss(
             self,
@@ -144,7 +166,7 @@ def train(
 
     trainer = OurTrainer(
         model=model,
-        args=_arguments(config, every, max_steps, work),
+        args=_arguments(config, batch_size, every, max_steps, work),
         train_dataset=train_rows,
         eval_dataset=sorted(validation_rows, key=length),
         data_collator=collate,
@@ -156,6 +178,8 @@ def train(
             _bookkeeping(on_progress),
         ],
     )
+    if processes.count() > 1:  # the Trainer has seeded all processes alike
+        torch.manual_seed(config.seed + processes.rank())
     trainer.model_accepts_loss_kwargs = False  # a batch's loss is the mean over its rows
     trainer.remove_callback(PrinterCallback)  # ours is the only progress on the terminal
     last = processes.from_leader(_last_whole_checkpoint(work) if processes.is_leader() else None)
@@ -183,23 +207,29 @@ def train(
     )
 
 
-def _arguments(config: TrainingConfig, every: int, max_steps: int | None, work: Path) -> Any:
-    import torch
-    from transformers import TrainingArguments
-
+def check_batch_size(config: TrainingConfig) -> None:
+    """Raises ``TrainingError`` if a batch cannot be split evenly among the processes."""
     if config.batch_size % processes.count():
         raise TrainingError(
             f"batch_size {config.batch_size} cannot be split evenly among {processes.count()} "
             "processes; choose a multiple of their number"
         )
+
+
+def _arguments(
+    config: TrainingConfig, batch_size: int, every: int, max_steps: int | None, work: Path
+) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
     cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported()
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=config.epochs,
         max_steps=max_steps or -1,
         learning_rate=config.learning_rate,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=_EVAL_ROWS // processes.count() * processes.count(),
         accelerator_config={"split_batches": True},
         warmup_ratio=config.warmup_ratio,
@@ -224,7 +254,19 @@ def _arguments(config: TrainingConfig, every: int, max_steps: int | None, work: 
         dataloader_pin_memory=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # many GPUs: one process each, not threads
+    if not cuda:  # several processes get cpu:0, to which torch.load can restore nothing
+        arguments.__dict__["_setup_devices"] = torch.device("cpu")
     return arguments
+
+
+def encode_all(encoder: TextEncoder, texts: Sequence[Text]) -> list[Encoded]:
+    """Tokenises any number of texts, four bytes a token instead of a list of Python's integers."""
+    rows = []
+    for start in range(0, len(texts), _CHUNK_TEXTS):
+        for row in encoder.encode(texts[start : start + _CHUNK_TEXTS], first_index=start):
+            ids, type_ids = array("i", row.ids), array("i", row.type_ids)
+            rows.append(Encoded(ids, type_ids, row.truncated))
+    return rows
 
 
 def target_of(example: Example, task: Task) -> NDArray[Any]:
@@ -245,7 +287,12 @@ def validation_score(task: Task, logits: NDArray[Any], targets: NDArray[Any]) ->
         task: What the columns mean.
         logits: ``float32[n, labels]``.
         targets: ``int64[n]``, or ``float32[n, labels]`` of zeros and ones.
+
+    Raises:
+        TrainingError: The outputs are not finite.
     """
+    if not np.isfinite(logits).all():
+        raise TrainingError("training diverged: the outputs are not finite; lower learning_rate")
     if task.kind == "single_label":
         return float((logits.argmax(axis=-1) == targets).mean())
     from sklearn.metrics import average_precision_score

@@ -219,7 +219,7 @@ class BuildDirectory:
             BuildError: The disk is full or cannot be written.
         """
         finished = self._stages / f"{name}-{key}"
-        self._used |= {finished.name, self.work_name(name, key)}
+        self.keep(name, key)
         if not processes.is_leader():
             self._follow(produce if together else None)
             return finished
@@ -244,6 +244,10 @@ class BuildDirectory:
         self._discard(work)
         processes.wait_for_all()
         return finished
+
+    def keep(self, name: str, key: str) -> None:
+        """Spares a stage's output from ``remove_unused``, though this run does not need it."""
+        self._used |= {f"{name}-{key}", self.work_name(name, key)}
 
     def _follow(self, produce: Callable[[Path, Progress], object] | None) -> None:
         """Does a process's share of a stage that the leader runs, if it runs it at all."""

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import msgspec
@@ -14,6 +14,9 @@ import msgspec
 from edgebert_pipeline import STAGES
 from edgebert_pipeline.errors import GateRefusedError, RecipeError
 from edgebert_runtime.cli import COMMANDS, CommandGroup
+
+if TYPE_CHECKING:
+    from edgebert_pipeline.evaluate import Evaluation
 
 __all__ = ["main"]
 
@@ -26,9 +29,9 @@ def _column_options(command: Callable[..., None]) -> Callable[..., None]:
             multiple=True,
             help="What the file says for each of the labels, in order. Given once a label.",
         ),
-        click.option("--label", default="label", show_default=True, help="Column of the label."),
+        click.option("--label", help="Column of the label. [default: label]"),
         click.option("--text-pair", help="Column of the second text; for a task on pairs."),
-        click.option("--text", default="text", show_default=True, help="Column of the text."),
+        click.option("--text", help="Column of the text. [default: text]"),
         click.option("--format", "format_", type=click.Choice(["csv", "tsv", "jsonl", "parquet"])),
     ):
         command = option(command)
@@ -83,7 +86,7 @@ def export(
     """
     from edgebert_export.processes import is_leader
     from edgebert_pipeline.gate import describe_breach
-    from edgebert_pipeline.report import NOTHING_LEARNED, render_table
+    from edgebert_pipeline.report import render_table
     from edgebert_pipeline.run import export as run
 
     out = out or Path("build") / recipe.stem
@@ -94,9 +97,7 @@ def export(
         click.echo(f"stopped after {until}; finished stages are in {out / '.stages'}", err=True)
         return
     click.echo(render_table(report.evaluation))
-    if report.evaluation.learned_nothing:
-        baseline = report.evaluation.baseline_accuracy
-        click.echo(f"warning: {NOTHING_LEARNED} ({baseline:.4f})", err=True)
+    _warn_if_nothing_is_learnt(report.evaluation)
     refused = [check for check in report.gate if not check.passed]
     for check in refused:
         click.echo(describe_breach(check), err=True)
@@ -108,6 +109,13 @@ def export(
     click.echo(f"bundle: {out / 'bundle'}   report: {out / 'report.md'}", err=True)
 
 
+def _warn_if_nothing_is_learnt(evaluation: Evaluation) -> None:
+    from edgebert_pipeline.report import NOTHING_LEARNED
+
+    if evaluation.learned_nothing:
+        click.echo(f"warning: {NOTHING_LEARNED} ({evaluation.baseline_accuracy:.4f})", err=True)
+
+
 @main.command(short_help="Distil a fine-tuned checkpoint into a smaller student.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
@@ -115,7 +123,7 @@ def export(
     type=click.Path(path_type=Path),
     required=True,
     help="Labelled rows (CSV, TSV, JSON Lines, Parquet), split by a hash of the text; or a "
-    "recipe, whose [data], [distill] and export.max_length are taken.",
+    "recipe, with CHECKPOINT in place of its model.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="For the student.")
 @click.option("--layers", type=click.IntRange(1), help="Of the student. [default: half]")
@@ -168,6 +176,7 @@ def distill(
     report = distill_checkpoint(recipe, data.parent, out, wait=wait, ablate=ablate)
     if report is not None and is_leader():
         click.echo(render_table(report.evaluation))
+        _warn_if_nothing_is_learnt(report.evaluation)
         click.echo(f"student: {out}   report: {out / 'report.md'}", err=True)
 
 
@@ -182,9 +191,9 @@ def evaluate(
     bundle: Path,
     data: Path,
     format_: Literal["csv", "tsv", "jsonl", "parquet"] | None,
-    text: str,
+    text: str | None,
     text_pair: str | None,
-    label: str,
+    label: str | None,
     label_values: tuple[str, ...],
     latency_texts: int,
     threads: int | None,
@@ -210,9 +219,9 @@ def evaluate(
         config = DataConfig(
             task=task.kind,
             labels=task.labels,
-            text=text,
+            text=text or "text",
             text_pair=text_pair,
-            label=label,
+            label=label or "label",
             label_values=label_values or None,
             train=rows,
         )

@@ -60,11 +60,11 @@ def load_dataset(config: DataConfig, base: Path) -> tuple[Dataset, DataSummary]:
     task = config.as_task(None)
     reader = _Reader(config, task, base)
     own = {
-        name: reader.read(source)
+        name: reader.limited(reader.read(source))
         for name, source in (("test", config.test), ("validation", config.validation))
         if source is not None
     }
-    train = reader.read(config.train)
+    train = reader.limited(reader.read(config.train))
     moved_out = 0
     seen: set[bytes] = set()
     for name in ("test", "validation"):
@@ -86,7 +86,7 @@ def load_dataset(config: DataConfig, base: Path) -> tuple[Dataset, DataSummary]:
     if config.calibration is None:
         calibration = dict(sorted(splits["train"].items())[:_CALIBRATION_ROWS])
     else:
-        calibration = reader.read(config.calibration, labelled=False)
+        calibration = reader.limited(reader.read(config.calibration, labelled=False))
         moved_out += _drop_seen(calibration, {_side_key(e.text) for e in splits["test"].values()})
         if not calibration:
             raise DataError("every calibration text is also a test text; give other texts")
@@ -123,7 +123,8 @@ def _read_unlabelled(
 ) -> dict[bytes, Example]:
     """Reads the texts to distil on; what is also in another split is not among them."""
     # A reader of its own: what it counts as duplicates says nothing of the labelled rows.
-    found = _Reader(config, config.as_task(None), base).read(source, labelled=False)
+    reader = _Reader(config, config.as_task(None), base)
+    found = reader.read(source, labelled=False)
     for name in ("test", "validation"):
         _drop_seen(found, {_side_key(example.text) for example in splits[name].values()})
     found = {key: example for key, example in found.items() if key not in splits["train"]}
@@ -131,7 +132,7 @@ def _read_unlabelled(
         raise DataError(
             "data.unlabelled: every text is also in train, validation or test; give other texts"
         )
-    return found
+    return reader.limited(found)
 
 
 def load_examples(config: DataConfig, source: RowsSource, base: Path) -> tuple[Example, ...]:
@@ -177,11 +178,15 @@ class _Reader:
                 self.duplicates += len(copies) - 1
             else:
                 self.contradictions += len(copies)
-        if self._config.max_rows is not None:
-            # Another part of the hash than the one that splits, so that shares stay as they are.
-            kept = set(sorted(found, key=lambda key: key[16:])[: self._config.max_rows])
-            found = {key: example for key, example in found.items() if key in kept}
         return found
+
+    def limited(self, found: dict[bytes, Example]) -> dict[bytes, Example]:
+        """Returns ``max_rows`` of ``found`` at most, chosen by hash."""
+        if self._config.max_rows is None:
+            return found
+        # Another part of the hash than the one that splits, so that shares stay as they are.
+        kept = set(sorted(found, key=lambda key: key[16:])[: self._config.max_rows])
+        return {key: example for key, example in found.items() if key in kept}
 
     def _text(self, row: Mapping[str, Any], columns: Sequence[str], where: str) -> Text:
         parts = []

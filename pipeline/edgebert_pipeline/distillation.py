@@ -65,23 +65,25 @@ def run_distillation(
     if until == "teach":
         return Distilled({}, None, stages)
     answers = stages["teach"]
-    stages["distill"] = _student_stage(
+    stages["distill"] = _StudentStage(
         build, "distill", config, teacher, dataset, max_length, answers
-    )
+    ).run()
     student = open_checkpoint(stages["distill"] / "checkpoint")
     models = {STUDENT: student, TEACHER: teacher}
     log = build.result(stages["distill"], DistillationLog)
     ablation = None
+    alone = _StudentStage(
+        build,
+        "ablate",
+        config.hard_labels_only(log.layer_map),
+        teacher,
+        dataset.without_unlabelled(),
+        max_length,
+        answers,
+    )
+    build.keep("ablate", alone.key)  # hours of training, even if this run does not ask for it
     if ablate and until != "distill":
-        stages["ablate"] = _student_stage(
-            build,
-            "ablate",
-            config.hard_labels_only(log.layer_map),
-            teacher,
-            dataset.without_unlabelled(),
-            max_length,
-            answers,
-        )
+        stages["ablate"] = alone.run()
         models[HARD_LABEL] = open_checkpoint(stages["ablate"] / "checkpoint")
         ablation = build.result(stages["ablate"], DistillationLog)
     return Distilled(models, Distillation(student=log, hard_label=ablation), stages)
@@ -118,42 +120,51 @@ def _teach_stage(
     return build.stage("teach", key, f"the teacher's answers to {count} texts", produce)
 
 
-def _student_stage(
-    build: BuildDirectory,
-    stage: str,
-    config: DistillConfig,
-    teacher: Checkpoint,
-    dataset: Dataset,
-    max_length: int,
-    answers: Path,
-) -> Path:
-    key = stage_key(
-        stage,
-        _DISTILLING,
-        answers.name,
-        dataset.sha256("train", "unlabelled", "validation"),
-        config,
-        max_length,
-    )
+@dataclass(frozen=True)
+class _StudentStage:
+    """The stage that trains a student: with its teacher (distill), or without (ablate)."""
 
-    def produce(out: Path, progress: Progress) -> DistillationLog:
-        _, log = distill(
-            teacher,
-            dataset,
-            config,
-            outputs=open_outputs(answers / "outputs"),
-            max_length=max_length,
-            work=build.work(stage, key),
-            out=out / "checkpoint",
-            on_progress=progress,
+    build: BuildDirectory
+    name: str
+    config: DistillConfig
+    teacher: Checkpoint
+    dataset: Dataset
+    max_length: int
+    answers: Path
+
+    @property
+    def key(self) -> str:
+        return stage_key(
+            self.name,
+            _DISTILLING,
+            self.answers.name,
+            self.dataset.sha256("train", "unlabelled", "validation"),
+            self.config,
+            self.max_length,
         )
-        return log
 
-    layers = f"{config.layers_for(teacher)} of {teacher.architecture.layers} layers"
-    rows = f"{len(dataset.train)} rows"
-    if dataset.unlabelled:
-        rows += f" and {len(dataset.unlabelled)} unlabelled texts"
-    if stage == "ablate":
-        rows += ", hard labels only"
-    what = f"{layers}, {rows}, up to {config.epochs} epochs" + build.going_on(stage, key)
-    return build.stage(stage, key, what, produce, together=True)
+    def run(self) -> Path:
+        key, config, dataset = self.key, self.config, self.dataset
+
+        def produce(out: Path, progress: Progress) -> DistillationLog:
+            _, log = distill(
+                self.teacher,
+                dataset,
+                config,
+                outputs=open_outputs(self.answers / "outputs"),
+                max_length=self.max_length,
+                work=self.build.work(self.name, key),
+                out=out / "checkpoint",
+                on_progress=progress,
+            )
+            return log
+
+        rows = f"{len(dataset.train)} rows"
+        if dataset.unlabelled:
+            rows += f" and {len(dataset.unlabelled)} unlabelled texts"
+        if self.name == "ablate":
+            rows += ", hard labels only"
+        layers = f"{config.layers_for(self.teacher)} of {self.teacher.architecture.layers} layers"
+        what = f"{layers}, {rows}, up to {config.epochs} epochs"
+        what += self.build.going_on(self.name, key)
+        return self.build.stage(self.name, key, what, produce, together=True)

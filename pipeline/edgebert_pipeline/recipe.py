@@ -40,6 +40,7 @@ __all__ = [
     "RowsSource",
     "Source",
     "check_paths",
+    "in_toml_words",
     "load_recipe",
     "struct_in",
 ]
@@ -393,7 +394,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as exc:
-        raise RecipeError(f"{path}: {_in_toml_words(str(exc))}") from exc
+        raise RecipeError(f"{path}: {in_toml_words(str(exc))}") from exc
 
 
 def check_paths(recipe: Recipe, path: Path) -> None:
@@ -438,7 +439,7 @@ def struct_in(hint: Any) -> type[msgspec.Struct] | None:
     return hint if isinstance(hint, type) and issubclass(hint, msgspec.Struct) else None
 
 
-def _in_toml_words(message: str) -> str:
+def in_toml_words(message: str) -> str:
     """Turns msgspec's ``... - at `$.data.train` `` into ``data.train: ...``."""
     match = re.fullmatch(r"(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?", message, flags=re.DOTALL)
     assert match is not None

@@ -250,11 +250,13 @@ def _distillation(report: Report) -> str:
             else ""
         )
         + ".",
-        f"- It learnt from {log.texts} texts, {log.unlabelled} of them without a label; the "
-        f"teacher's hidden states were at hand for {log.hidden}.",
+        f"- It learnt from {log.texts} texts, {log.unlabelled} of them without a label.",
     ]
-    if log.hidden < log.texts:
-        lines.append("- The other texts did without the hidden-state term (`hidden_limit_mb`).")
+    if log.hidden is not None and log.hidden < log.texts:
+        lines.append(
+            f"- The teacher's hidden states were kept for {log.hidden} of them; the others did "
+            "without that term of the loss (`hidden_limit_mb`)."
+        )
     lines.append(_trained("Distilled", log.training))
     if report.distillation.hard_label is not None:
         lines.append(
@@ -359,7 +361,8 @@ def _data(data: DataSummary) -> str:
 def _making(report: Report) -> str:
     lines = []
     if report.training is None:
-        lines.append("- The checkpoint was taken as it is.")
+        which = "teacher" if report.distillation else "checkpoint"
+        lines.append(f"- The {which} was taken as it is.")
     else:
         lines.append(_trained("Fine-tuned", report.training))
     for name, model in report.models.items():

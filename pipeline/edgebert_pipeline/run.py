@@ -17,11 +17,12 @@ from edgebert_export.checkpoint import (
 )
 from edgebert_export.dataset import Dataset
 from edgebert_export.distill import check_layers
+from edgebert_export.errors import CheckpointError
 from edgebert_export.finetune import FinetuneConfig, finetune, is_needed
 from edgebert_export.quantise import QuantiseConfig, quantise_cpu
 from edgebert_export.thresholds import choose_thresholds
 from edgebert_export.to_onnx import OnnxModel, Parity, measure_parity, to_onnx
-from edgebert_export.training import TrainingLog
+from edgebert_export.training import TrainingLog, check_batch_size
 from edgebert_export.write_bundle import VariantSource, write_bundle
 from edgebert_pipeline.build import (
     LOADING,
@@ -105,8 +106,9 @@ def export(
         EdgebertError: A stage failed, or the directory cannot be used.
     """
     recipe = load_recipe(recipe_path)
-    if ablate and recipe.distill is None:
-        raise RecipeError(f"{recipe_path} has no [distill] table: there is nothing to ablate")
+    _refuse_idle_stages(recipe, recipe_path, until, force, ablate)
+    if (out / "config.json").exists():
+        raise RecipeError(f"{out} holds a student of edgebert distill; give another --out")
     return _run(
         recipe,
         recipe_path.parent,
@@ -148,6 +150,11 @@ def distill_checkpoint(
         UsageError: The data or the checkpoint is wrong.
         EdgebertError: A stage failed, or the directory cannot be used.
     """
+    teacher = (base / str(recipe.model.path)).resolve()
+    if teacher.is_relative_to(out.resolve()):
+        raise RecipeError(f"--out {out} would overwrite the teacher; give another directory")
+    if any((out / name).exists() for name in ("bundle", "bundle.refused")):
+        raise RecipeError(f"{out} holds a build of edgebert export; give another --out")
     alone = msgspec.structs.replace(
         recipe,
         finetune=FinetuneConfig(mode="never"),
@@ -163,6 +170,20 @@ def distill_checkpoint(
         reporter=reporter or Reporter(),
         publish=_publish_student,
     )
+
+
+def _refuse_idle_stages(
+    recipe: Recipe, path: Path, until: str | None, force: Sequence[str], ablate: bool
+) -> None:
+    """Refuses to be asked for stages that this recipe does not have."""
+    if recipe.distill is None:
+        if ablate:
+            raise RecipeError(f"{path} has no [distill] table: there is nothing to ablate")
+        for stage in ("teach", "distill", "ablate"):
+            if stage == until or stage in force:
+                raise RecipeError(f"{path} has no [distill] table: it has no stage {stage!r}")
+    elif not ablate and (until == "ablate" or "ablate" in force):
+        raise RecipeError("the stage 'ablate' runs with --ablate only")
 
 
 def _run(
@@ -183,6 +204,9 @@ def _run(
     with processes.one_on_each_machine_first():
         source, dataset, summary = _fetch(recipe, base, reporter)
     _describe(summary, reporter)
+
+    if recipe.distill is not None:
+        check_batch_size(recipe.distill)
 
     with BuildDirectory(out, reporter, force=force, wait=wait) as build:
         checkpoint, training, stages = source, None, {}
@@ -235,13 +259,13 @@ def _run(
         if until == "quantise":
             return None
 
-        seed = recipe.distill.seed if recipe.distill else None
+        trained = recipe.distill or (recipe.finetune if training else None)
         provenance = Provenance(
             edgebert=edgebert_runtime.__version__,
             recipe_sha256=recipe.sha256(),
             model_sha256=source.sha256,
             data_sha256=summary.sha256,
-            seed=recipe.finetune.seed if training else seed,
+            seed=trained.seed if trained else None,
             versions=library_versions(),
         )
         bundles: dict[str, Bundle] = {}
@@ -499,14 +523,23 @@ def _publish_student(
     """Puts the student's checkpoint into the build directory itself, and the report beside it."""
     with build.writing() as partial:
         _write_report(partial, report)
+        there = _is_checkpoint(build.path, checkpoint.sha256)
         # Last comes what makes it a checkpoint: half of one and half of an older one is none.
-        (build.path / "config.json").unlink(missing_ok=True)
-        for name in sorted(CHECKPOINT_FILES, key="config.json".__eq__):
+        if not there:
+            (build.path / "config.json").unlink(missing_ok=True)
+        for name in ("report.json", "report.md"):
+            build.publish(partial / name, name)
+        for name in sorted(() if there else CHECKPOINT_FILES, key="config.json".__eq__):
             file = checkpoint.path / name
             if file.is_file():
                 build.publish(file, name)
-        for name in ("report.json", "report.md"):
-            build.publish(partial / name, name)
+
+
+def _is_checkpoint(path: Path, sha256: str) -> bool:
+    try:
+        return open_checkpoint(path).sha256 == sha256
+    except CheckpointError:
+        return False
 
 
 def _write_report(directory: Path, report: Report) -> None:

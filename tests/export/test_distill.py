@@ -213,9 +213,18 @@ def test_the_loss_is_the_weighted_mean_over_rows(taught: Any, tmp_path: Path, na
 def test_without_the_teacher_unlabelled_texts_say_nothing(run: Run) -> None:
     alone = CONFIG.hard_labels_only((1,))
     _, log = run(config=alone)
-    assert (log.texts, log.unlabelled, log.hidden, log.trials) == (48, 0, 0, {})
+    assert (log.texts, log.unlabelled, log.hidden, log.trials) == (48, 0, None, {})
     assert log.training.steps == 12
-    assert not alone.asks_teacher
+
+
+def test_a_text_of_which_nothing_is_known_is_left_out(taught: Any, tmp_path: Path) -> None:
+    """Without the outputs' divergence, an unlabelled text counts by its hidden states alone."""
+    teacher, data, outputs = taught["single"]
+    few = TeacherOutputs(outputs.logits, outputs.first_tokens, outputs.hidden, outputs.starts[:60])
+    config = DistillConfig(kl_weight=0.0)
+    job = DistillationJob(teacher, data, config, few, 32, tmp_path)
+    assert [row.index for row in job.rows] == list(range(59))
+    assert all(few.hidden_of(index) is not None for index in range(59))
 
 
 # The same run gives the same weights ------------------------------------------------------

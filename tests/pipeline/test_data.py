@@ -263,6 +263,14 @@ def test_unlabelled_texts_are_those_in_no_other_split(tmp_path: Path) -> None:
     assert dataset.sha256() != alone.sha256()
 
 
+def test_max_rows_counts_the_unlabelled_texts_that_are_in_no_other_split(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_of(800))
+    dataset, _ = load_dataset(config(source, unlabelled=source, max_rows=300), tmp_path)
+    taken = texts(dataset.train) | texts(dataset.validation) | texts(dataset.test)
+    assert len(taken) == len(dataset.unlabelled) == 300
+    assert not taken & texts(dataset.unlabelled)
+
+
 def test_unlabelled_pairs_keep_away_from_the_first_texts_of_the_test_split(tmp_path: Path) -> None:
     rows = [
         {"text": f"first {i // 2}", "other": f"second {i}", "label": LABELS[i % 2]}

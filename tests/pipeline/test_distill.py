@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -265,6 +266,54 @@ def test_distill_alone_takes_the_data_of_a_recipe(
     assert (log.layer_map, log.unlabelled, log.training.steps) == ((0,), 40, 2 * -(-348 // 16))
 
 
+def test_a_directory_keeps_what_it_is_for(
+    built: tuple[Path, Path],
+    tiny_classifiers: dict[str, Checkpoint],
+    rows: Path,
+    tmp_path: Path,
+    edgebert: Any,
+    fails_cleanly: Any,
+) -> None:
+    """A student does not go where a bundle is, nor a bundle where a student is."""
+    recipe, build = built
+    teacher, student = tiny_classifiers["single"].path, tmp_path / "student"
+    done = edgebert("distill", teacher, "--data", rows, "--out", build)
+    assert "holds a build of edgebert export" in fails_cleanly(done)
+    shutil.copytree(teacher, student)
+    (student / ".stages").mkdir()
+    done = edgebert("export", recipe, "--out", student)
+    assert "holds a student of edgebert distill" in fails_cleanly(done)
+
+
+def test_options_that_would_do_nothing_are_refused(
+    write_recipe: Any,
+    distilling: Callable[..., Path],
+    tiny_classifiers: dict[str, Checkpoint],
+    tmp_path: Path,
+    edgebert: Any,
+    fails_cleanly: Any,
+) -> None:
+    teacher, recipe = tiny_classifiers["single"].path, distilling()
+    done = edgebert("distill", teacher, "--data", recipe, "--text", "t", "--out", tmp_path / "o")
+    assert "says how its rows are read; leave out --format" in fails_cleanly(done)
+    done = edgebert("export", recipe, "--until", "ablate")
+    assert "the stage 'ablate' runs with --ablate only" in fails_cleanly(done)
+    done = edgebert("export", write_recipe(), "--force", "teach")
+    assert "no [distill] table: it has no stage 'teach'" in fails_cleanly(done)
+
+
+def test_training_that_diverges_is_said_and_leaves_no_stage(
+    distilling: Callable[..., Path], tmp_path: Path, edgebert: Any, fails_cleanly: Any
+) -> None:
+    recipe, out = distilling(), tmp_path / "out"
+    head, _, tail = recipe.read_text().partition("[distill]")
+    recipe.write_text(f"{head}[distill]{tail.replace('1e-3', '1e30', 1)}")
+    done = edgebert("export", recipe, "--out", out)
+    assert "diverged" in fails_cleanly(done)
+    assert "lower learning_rate" in done.stderr
+    assert not list((out / ".stages").glob("distill-*"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -277,6 +326,11 @@ def test_distill_alone_takes_the_data_of_a_recipe(
         (["--unlabelled", "none.csv"], "none.csv: there is no such data file"),
         (["--label", "stars"], "no column 'stars'"),
         (["--max-length", "500"], "max_length is 500"),
+        (["--seed", "4294967296"], "seed: Expected 'int' <= 4294967295"),
+        (["--learning-rate", "nan"], "learning_rate: Expected 'float' > 0"),
+        (["--temperature", "inf"], "temperature is inf"),
+        (["--epochs", "1000000"], "epochs: Expected 'int' <= 1000"),
+        (["--out", "TEACHER"], "would overwrite the teacher"),
         (["--out", "ROWS"], "is not empty and no build directory"),
     ],
 )
@@ -290,9 +344,11 @@ def test_bad_input_is_named_before_anything_is_trained(
     message: str,
 ) -> None:
     (tmp_path / "empty.jsonl").touch()
-    words = {"EMPTY": str(tmp_path / "empty.jsonl"), "ROWS": str(rows)}
-    options = [words.get(option, option) for option in options]
-    teacher = tiny_classifiers["single"].path
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_classifiers["single"].path, teacher)
+    (teacher / ".stages").mkdir()  # as if it had come out of this very command
+    words = {"EMPTY": tmp_path / "empty.jsonl", "ROWS": rows, "TEACHER": teacher}
+    options = [str(words.get(option, option)) for option in options]
     done = edgebert("distill", teacher, "--data", rows, "--out", tmp_path / "out", *FAST, *options)
     assert message in fails_cleanly(done)
     assert "distill: " not in done.stderr
@@ -340,63 +396,94 @@ def test_recipes_that_ask_for_distilling_without_the_table_are_refused(
 # Several processes ------------------------------------------------------------------------
 
 
-def test_two_processes_give_what_one_gives(
-    tiny_classifiers: dict[str, Checkpoint],
-    rows: Path,
-    unlabelled: Path,
+def test_two_processes_killed_and_resumed_give_what_one_gives(
+    tiny_encoder: Path,
+    distilling: Callable[..., Path],
     tmp_path: Path,
     edgebert: Any,
     edgebert_command: Any,
 ) -> None:
-    """Without dropout, which each process draws for itself."""
+    """Fine-tuning, the choice of layers, distilling and the ablation; without dropout."""
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_encoder, encoder)
+    values = json.loads((encoder / "config.json").read_text())
+    values |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (encoder / "config.json").write_text(json.dumps(values))
+    recipe = distilling(distill=DISTILL + "dropout = 0.0\n")
+    recipe.write_text(recipe.read_text().replace(str(tiny_encoder), str(encoder)))
     one, two = tmp_path / "one", tmp_path / "two"
-    arguments = ["distill", tiny_classifiers["single"].path, "--data", rows, *FAST]
-    arguments += ["--unlabelled", unlabelled, "--dropout", 0, "--learning-rate", 1e-3]
-    arguments += ["--layer-map", "1", "--out"]
-    alone = edgebert(*arguments, one)
+    alone = edgebert("export", recipe, "--out", one, "--ablate")
     assert alone.returncode == 0, alone.stderr
-    launcher = Path(sys.executable).parent / "accelerate"
-    # The launcher's name for several processes on a machine, with GPUs or without.
-    options = (
-        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+    # The launcher's word for several processes on a machine, with GPUs or without.
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    options += " --dynamo_backend no --main_process_port 0"
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", *options.split()]
+    launch += edgebert_command("export", recipe, "--out", two, "--ablate")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        launch, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    launch = [str(launcher), "launch", *options.split(), "--main_process_port", "0"]
-    done = subprocess.run(
-        [*launch, *edgebert_command(*arguments, two)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    try:
+        deadline = time.monotonic() + 240
+        saved: list[Path] = []
+        while not saved and running.poll() is None and time.monotonic() < deadline:
+            saved = list((two / ".stages").glob("work-distill-*/student/*/edgebert-complete"))
+        assert saved, "it ended before it saved anything"
+    finally:
+        for process in psutil.Process(running.pid).children(recursive=True):
+            process.kill()
+        running.kill()
+        running.wait()
+
+    def go_on() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            launch, capture_output=True, text=True, timeout=300, check=False, env=environment
+        )
+
+    done = go_on()
     assert done.returncode == 0, done.stderr
+    assert "going on from the last save of an interrupted run" in done.stderr
     assert done.stdout.count("student fp32") == 1  # the leader reports, alone
+    again = go_on()
+    assert again.returncode == 0, again.stderr
+    assert {"finetune", "teach", "distill", "ablate", "evaluate"} <= set(reused(again.stderr))
+
     reports = [
-        msgspec.json.decode((o / "report.json").read_bytes(), type=Report) for o in (one, two)
+        msgspec.json.decode((out / "report.json").read_bytes(), type=Report) for out in (one, two)
     ]
-    logs = [report.distillation.student for report in reports if report.distillation]
-    assert [log.training.processes for log in logs] == [1, 2]
-    assert logs[0].training.steps == logs[1].training.steps
-    assert logs[0].training.validation_scores == logs[1].training.validation_scores
-    first, second = (load_file(out / "model.safetensors") for out in (one, two))
-    start = load_file(tiny_classifiers["single"].path / "model.safetensors")
-    for name in first:
-        if name.endswith("k_lin.bias"):
-            continue  # softmax makes its gradient zero, so that Adam steps by rounding alone
-        np.testing.assert_allclose(second[name], first[name], atol=2e-4, err_msg=name)
-    moved = first["distilbert.transformer.layer.0.ffn.lin1.weight"]
-    assert np.abs(moved - start["bert.encoder.layer.1.intermediate.dense.weight"]).max() > 2e-3
+    for report, count in zip(reports, (1, 2), strict=True):
+        assert report.training is not None
+        assert report.distillation is not None
+        assert report.distillation.hard_label is not None
+        logs = (report.training, report.distillation.student.training)
+        assert [log.processes for log in logs] == [count, count]
+    first, second = (report.distillation for report in reports)
+    assert first is not None
+    assert second is not None
+    assert first.student.layer_map == second.student.layer_map
+    assert first.student.trials == pytest.approx(second.student.trials, rel=1e-3)
+    for stage in ("finetune", "distill", "ablate"):
+        weights = [
+            load_file(next((out / ".stages").glob(f"{stage}-*")) / "checkpoint/model.safetensors")
+            for out in (one, two)
+        ]
+        for name, expected in weights[0].items():
+            if name.endswith(("k_lin.bias", "self.key.bias")):
+                continue  # softmax makes its gradient zero: Adam steps by rounding alone
+            np.testing.assert_allclose(
+                weights[1][name], expected, atol=5e-4, err_msg=f"{stage} {name}"
+            )
 
 
-def test_a_batch_that_cannot_be_split_evenly_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_batch_that_cannot_be_split_evenly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from edgebert_export.errors import TrainingError
-    from edgebert_export.training import TrainingConfig, _arguments
+    from edgebert_export.training import TrainingConfig, check_batch_size
 
     monkeypatch.setenv("WORLD_SIZE", "3")
+    check_batch_size(TrainingConfig(batch_size=33))
     with pytest.raises(TrainingError, match="batch_size 32 cannot be split evenly among 3"):
-        _arguments(TrainingConfig(), 5, None, tmp_path)
+        check_batch_size(TrainingConfig())
 
 
 def test_the_stages_are_named_in_order() -> None:
