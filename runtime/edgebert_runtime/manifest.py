@@ -127,7 +127,7 @@ class Provenance(_Strict, frozen=True, kw_only=True):
         recipe_sha256: Of what the recipe says, without its evaluation and gate.
         model_sha256: Of the checkpoint that the export started from.
         data_sha256: Of all rows, in order, with the split each belongs to.
-        seed: Seed of fine-tuning; ``None`` when nothing was trained.
+        seed: Seed of the training that made the model's weights; ``None`` when there was none.
         versions: Versions of the libraries that shaped the result.
     """
 
