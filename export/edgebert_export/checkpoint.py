@@ -33,6 +33,7 @@ __all__ = [
     "CHECKPOINT_FILES",
     "Checkpoint",
     "check_matches",
+    "check_max_length",
     "checkpoint_encoder",
     "count_parameters",
     "load_model",
@@ -126,6 +127,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _why_no_weights(path: Path) -> str:
+    if (path / ".stages").is_dir():
+        return (
+            f"{path} is a build of edgebert; its fine-tuned checkpoint is in "
+            ".stages/finetune-*/checkpoint"
+        )
     pickles = sorted(f.name for f in path.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickles:
         return (
@@ -262,12 +268,7 @@ def checkpoint_encoder(
         CheckpointError: The tokenizer cannot be read, or ``max_length`` exceeds what the
             position embeddings allow.
     """
-    positions = checkpoint.architecture.max_position_embeddings
-    if max_length > positions:
-        raise CheckpointError(
-            f"max_length is {max_length} and {checkpoint.path} has positions for {positions} "
-            "tokens; lower max_length"
-        )
+    check_max_length(checkpoint, max_length)
     return TextEncoder(
         load_tokenizer(checkpoint).to_str().encode(),
         input_names=model_inputs(model_type or checkpoint.model_type),
@@ -275,6 +276,16 @@ def checkpoint_encoder(
         pad_token_id=checkpoint.pad_token_id,
         text_pair=text_pair,
     )
+
+
+def check_max_length(checkpoint: Checkpoint, max_length: int) -> None:
+    """Raises ``CheckpointError`` if the model has no positions for so long a row."""
+    positions = checkpoint.architecture.max_position_embeddings
+    if max_length > positions:
+        raise CheckpointError(
+            f"max_length is {max_length} and {checkpoint.path} has positions for {positions} "
+            "tokens; lower max_length"
+        )
 
 
 def load_model(

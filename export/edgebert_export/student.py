@@ -63,7 +63,7 @@ def check_layer_map(teacher: Checkpoint, layers: int, layer_map: Sequence[int] |
     if layers > there:
         raise TrainingError(
             f"a student of {layers} layers cannot be made of a teacher of {there} "
-            f"({teacher.path}); lower distill.layers"
+            f"({teacher.path}); ask for {there} or fewer"
         )
     if layer_map is None:
         return
@@ -71,6 +71,11 @@ def check_layer_map(teacher: Checkpoint, layers: int, layer_map: Sequence[int] |
         raise TrainingError(
             f"layer_map names {len(layer_map)} layers and the student has {layers}; "
             "give one teacher layer for each"
+        )
+    if list(layer_map) != sorted(set(layer_map)):
+        raise TrainingError(
+            f"layer_map names layers {', '.join(map(str, layer_map))}; name each once, from the "
+            "lowest to the highest"
         )
     for layer in layer_map:
         if not 0 <= layer < there:

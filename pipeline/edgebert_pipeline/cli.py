@@ -130,6 +130,7 @@ def _warn_if_nothing_is_learnt(evaluation: Evaluation) -> None:
 @click.option("--layer-map", help="Teacher layers to start from, counted from 0: 1,3,5")
 @click.option("--unlabelled", type=click.Path(path_type=Path), help="More texts, without labels.")
 @click.option("--epochs", type=click.IntRange(1))
+@click.option("--trial-steps", type=click.IntRange(1), help="For each choice of layers.")
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True))
 @click.option("--temperature", type=click.FloatRange(0, min_open=True))
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True))
@@ -156,8 +157,9 @@ def distill(
 ) -> None:
     """Distil the fine-tuned CHECKPOINT into a DistilBERT student.
 
-    OUT becomes a checkpoint, with the report beside it. Run again, the same command goes on from
-    where it was stopped.
+    OUT becomes a checkpoint, with the report beside it: both models are exported to ONNX and
+    measured on test rows. Run again, the same command goes on from where it was stopped. For what
+    has no option here, give a recipe with a [distill] table as --data.
     """
     from edgebert_export.processes import is_leader
     from edgebert_pipeline.distill_options import recipe_for

@@ -221,7 +221,7 @@ class _Reader:
         if index is None:
             raise DataError(
                 f"{where}: label {str(value)!r:.60} is not one of {', '.join(self._index)}; "
-                "if the file names labels otherwise, set data.label_values"
+                "if the file names labels otherwise, set data.label_values (--label-value)"
             )
         return index
 

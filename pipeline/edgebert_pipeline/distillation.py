@@ -165,6 +165,8 @@ class _StudentStage:
         if self.name == "ablate":
             rows += ", hard labels only"
         layers = f"{config.layers_for(self.teacher)} of {self.teacher.architecture.layers} layers"
-        what = f"{layers}, {rows}, up to {config.epochs} epochs"
+        what = f"{layers}, {rows}, epochs: up to {config.epochs}"
+        if config.layer_map == "auto":
+            what += f", after short trials ({config.trial_steps} steps) of which layers to take"
         what += self.build.going_on(self.name, key)
         return self.build.stage(self.name, key, what, produce, together=True)

@@ -295,7 +295,9 @@ class EvaluateConfig(_Section, frozen=True, kw_only=True):
 
 
 class GateConfig(_Section, frozen=True, kw_only=True):
-    """Limits on every variant in the bundle but its FP32 reference; each is optional.
+    """Limits on every variant in the bundle; each is optional.
+
+    The FP32 reference is what the others are held against: to it, only limits that say so apply.
 
     A breach ends the export with exit code 3, and the bundle is not published.
     """
@@ -317,10 +319,10 @@ class GateConfig(_Section, frozen=True, kw_only=True):
         Meta(description="Largest share of test rows that may be answered unlike FP32."),
     ] = None
     min_accuracy_kept: Annotated[
-        _Positive | None,
+        _Share | None,
         Meta(
             description="Smallest share of the FP32 teacher's accuracy that every variant of the "
-            "student keeps; 0.995 loses half a percent. Needs `[distill]`."
+            "student, FP32 too, keeps; 0.995 loses half a percent. Needs `[distill]`."
         ),
     ] = None
     max_p99_ms: Annotated[
@@ -447,5 +449,10 @@ def in_toml_words(message: str) -> str:
     text = text.replace("Object missing required field", "missing key")
     for pattern, words in _PATTERN_IN_WORDS.items():
         text = text.replace(f"Expected `str` matching regex {pattern!r}", f"must be {words}")
-    text = text.replace("`object`", "a table").replace("`array`", "a list").replace("`", "'")
+    text = (
+        text.replace(" | null`", "`")
+        .replace("`object`", "a table")
+        .replace("`array`", "a list")
+        .replace("`", "'")
+    )
     return f"{where}: {text}" if where else text

@@ -233,8 +233,10 @@ def _distillation(report: Report) -> str:
     student, teacher = (evaluation.reference(name) for name in (STUDENT, TEACHER))
     parts.append(
         f"The student keeps {student.correct / max(teacher.correct, 1):.2%} of its teacher's "
-        "accuracy (FP32 both). *Like teacher* is the share of test rows answered as the FP32 "
-        "teacher answers them; *calibration error* is the expected one, with 15 bins."
+        f"accuracy (FP32 both, on {evaluation.rows} rows; the paired comparison below says "
+        "whether that differs from all of it by more than chance). *Like teacher* is the share of "
+        "test rows answered as the FP32 teacher answers them; *calibration error* is the "
+        "expected one, with 15 bins; *smallest* is the variant with the smallest file."
         + (
             " *hard-label* is the same student, from the same start, trained on the labels alone."
             if HARD_LABEL in evaluation.references
@@ -244,8 +246,8 @@ def _distillation(report: Report) -> str:
     lines = [
         f"- The student started from the teacher's layers {_listed(log.layer_map)} (from 0)"
         + (
-            "; divergence on validation rows after a short trial: "
-            + ", ".join(f"{name} {value:.4f}" for name, value in log.trials.items())
+            "; divergence from the teacher on validation rows after a short trial (less is "
+            "closer): " + ", ".join(f"{name} {value:.4f}" for name, value in log.trials.items())
             if log.trials
             else ""
         )
@@ -298,7 +300,7 @@ def render_comparisons(evaluation: Evaluation) -> str:
         )
         for item in evaluation.comparisons
     ]
-    header = ("first", "second", "difference", "only first right", "only second right", "p", "")
+    header = ("first", "second", "first - second", "only first right", "only second right", "p", "")
     return (
         f"{_table(header, rows)}\n\nThe same {evaluation.rows} test rows for both; McNemar's "
         f"exact test on the rows that one alone answers right. *Shown* means p < {_SIGNIFICANT}; "
@@ -351,7 +353,8 @@ def _data(data: DataSummary) -> str:
     ]
     table = _table(("split", "rows", *(_cell(label) for label in labels)), rows)
     return (
-        f"{table}\n\nLeft out: {data.out_of_ranges} rows outside every label's range, "
+        f"{table}\n\nLeft out of the labelled splits: {data.out_of_ranges} rows outside every "
+        "label's range, "
         f"{data.duplicates} duplicates, {data.contradictions} rows whose text has two different "
         f"labels, {data.moved_out} rows whose text is in another split. Hash of the rows: "
         f"`{data.sha256}`."

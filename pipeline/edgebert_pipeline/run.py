@@ -12,6 +12,7 @@ from edgebert_export import processes
 from edgebert_export.checkpoint import (
     CHECKPOINT_FILES,
     Checkpoint,
+    check_max_length,
     count_parameters,
     open_checkpoint,
 )
@@ -151,8 +152,8 @@ def distill_checkpoint(
         EdgebertError: A stage failed, or the directory cannot be used.
     """
     teacher = (base / str(recipe.model.path)).resolve()
-    if teacher.is_relative_to(out.resolve()):
-        raise RecipeError(f"--out {out} would overwrite the teacher; give another directory")
+    if teacher.is_relative_to(out.resolve()) or out.resolve().is_relative_to(teacher):
+        raise RecipeError(f"--out {out} is in the teacher's way; give another directory")
     if any((out / name).exists() for name in ("bundle", "bundle.refused")):
         raise RecipeError(f"{out} holds a build of edgebert export; give another --out")
     alone = msgspec.structs.replace(
@@ -204,10 +205,9 @@ def _run(
     with processes.one_on_each_machine_first():
         source, dataset, summary = _fetch(recipe, base, reporter)
     _describe(summary, reporter)
-
+    check_max_length(source, recipe.export.max_length)
     if recipe.distill is not None:
         check_batch_size(recipe.distill)
-
     with BuildDirectory(out, reporter, force=force, wait=wait) as build:
         checkpoint, training, stages = source, None, {}
         if is_needed(source, dataset.task, recipe.finetune):

@@ -319,6 +319,8 @@ def test_training_that_diverges_is_said_and_leaves_no_stage(
     [
         (["--layers", "3"], "a student of 3 layers cannot be made of a teacher of 2"),
         (["--layer-map", "5"], "layer_map names layer 5; the teacher"),
+        (["--layer-map", "1,1"], "layer_map names layers 1, 1; name each once"),
+        (["--layer-map", "1,0"], "from the lowest to the highest"),
         (["--layer-map", "0,x"], "--layer-map '0,x' is not a list of layers such as 1,3,5"),
         (["--layer-map", "0,1", "--layers", "1"], "layer_map names 2 layers and layers is 1"),
         (["--unlabelled", "EMPTY"], "empty.jsonl is empty"),
@@ -330,7 +332,7 @@ def test_training_that_diverges_is_said_and_leaves_no_stage(
         (["--learning-rate", "nan"], "learning_rate: Expected 'float' > 0"),
         (["--temperature", "inf"], "temperature is inf"),
         (["--epochs", "1000000"], "epochs: Expected 'int' <= 1000"),
-        (["--out", "TEACHER"], "would overwrite the teacher"),
+        (["--out", "TEACHER"], "is in the teacher's way"),
         (["--out", "ROWS"], "is not empty and no build directory"),
     ],
 )
