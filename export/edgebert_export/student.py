@@ -46,11 +46,10 @@ def layer_maps(teacher_layers: int, student_layers: int) -> dict[str, tuple[int,
         "first to last": tuple(i * (n - 1) // (k - 1) for i in range(k)) if k > 1 else (n - 1,),
         "first of each block": tuple(i * n // k for i in range(k)),
     }
-    return {name: map_ for name, map_ in maps.items() if _first_name(maps, map_) == name}
-
-
-def _first_name(maps: dict[str, tuple[int, ...]], wanted: tuple[int, ...]) -> str:
-    return next(name for name, map_ in maps.items() if map_ == wanted)
+    names: dict[tuple[int, ...], str] = {}
+    for name, map_ in maps.items():
+        names.setdefault(map_, name)
+    return {name: map_ for map_, name in names.items()}
 
 
 def check_layer_map(teacher: Checkpoint, layers: int, layer_map: Sequence[int] | None) -> None:
