@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install export test lint types format docs lock clean
+.PHONY: install export test test-gpu lint types format docs lock clean
 
 # The environment is made again when what it is made from changes.
 install: $(VENV)/.installed
@@ -17,14 +17,14 @@ $(VENV)/.installed: constraints.txt pyproject.toml runtime/pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	    --build-constraint constraints.txt \
-	    --editable './runtime[cpu]' --editable '.[cpu]' --group dev
+	    --editable './runtime[cpu,rtx]' --editable '.[cpu,rtx]' --group dev
 	touch $@
 
 export: install
 	$(BIN)/edgebert export "$(RECIPE)" --out "$(OUT)"
 
 test: install
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term
 
 lint: install
 	$(BIN)/ruff check .
@@ -32,6 +32,10 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+	$(BIN)/python tools/check_tensorrt_types.py
+
+test-gpu: install
+	EDGEBERT_TEST_GPU=1 $(BIN)/pytest tests/gpu -ra -s
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -43,7 +47,7 @@ docs: install
 # Newest versions that fit, for every supported Python and platform; needs uv.
 lock:
 	uv pip compile --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url \
-	    --quiet --upgrade --extra cpu --group dev --no-emit-package edgebert-runtime \
+	    --quiet --upgrade --extra cpu --extra rtx --group dev --no-emit-package edgebert-runtime \
 	    --output-file constraints.txt pyproject.toml
 	sed -i '1i # Made by `make lock`; `make install` takes exactly these versions.' constraints.txt
 

@@ -5,6 +5,7 @@ EdgebertError
 └── UsageError
     ├── CheckpointError     exit code 2: a checkpoint is unsafe, damaged or does not fit
     ├── DataError           exit code 2: a data file or what is in it is wrong
+    ├── ModelError          exit code 2: an ONNX model is unsafe, damaged or already quantised
     └── TrainingError       exit code 2: a training cannot be done as asked
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from edgebert_runtime.errors import EdgebertError, UsageError
 
-__all__ = ["CheckpointError", "DataError", "ExportError", "TrainingError"]
+__all__ = ["CheckpointError", "DataError", "ExportError", "ModelError", "TrainingError"]
 
 
 class ExportError(EdgebertError):
@@ -25,6 +26,10 @@ class CheckpointError(UsageError):
 
 class DataError(UsageError):
     """A data file, or what is in it, is wrong."""
+
+
+class ModelError(UsageError):
+    """An ONNX model is unsafe, damaged, or not one that can be quantised."""
 
 
 class TrainingError(UsageError):

@@ -1,17 +1,25 @@
-"""Quantises an ONNX model to INT8 for ONNX Runtime's CPU kernels: OnnxModel in, OnnxModel out."""
+"""What both ways of quantising share: the configuration, and which layers it means."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-from typing import Annotated
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
-from edgebert_export.to_onnx import OnnxModel
+from edgebert_export.errors import ModelError
+from edgebert_export.fidelity import Budget
 
-__all__ = ["QuantiseConfig", "quantise_cpu"]
+if TYPE_CHECKING:  # reading a recipe loads no ONNX
+    from edgebert_export.graph import Product
+
+__all__ = ["Calibrator", "ProductKind", "QuantiseConfig", "included"]
+
+Calibrator: TypeAlias = Literal["max", "percentile", "mse", "entropy"]
+ProductKind: TypeAlias = Literal["linear", "attention", "embedding"]
 
 
 class QuantiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,36 +32,101 @@ class QuantiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "quantised while running (dynamic), for ONNX Runtime's CPU kernels."
         ),
     ] = True
+    gpu: Annotated[
+        bool,
+        Meta(
+            description="Make `int8-gpu` and `fp16-gpu`, the sources of TensorRT engines: "
+            "explicit Q/DQ at the inputs of products, FP16 elsewhere."
+        ),
+    ] = True
     embeddings: Annotated[
         bool,
-        Meta(description="Store the embedding tables in INT8, too; most of a small BERT's size."),
+        Meta(
+            description="`int8-cpu`: store the embedding tables in INT8, too; most of a small "
+            "BERT's size."
+        ),
     ] = True
+    include: Annotated[
+        tuple[ProductKind, ...],
+        Meta(
+            min_length=1,
+            description="`int8-gpu`: what is quantised. `linear`: all linear layers; `attention`: "
+            "the products of two activations in attention; `embedding`: the tables, whose rows "
+            "are then stored in INT8.",
+        ),
+    ] = ("linear",)
+    exclude: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Layers of the model in the bundle that stay in higher precision whatever "
+            "the budget: names, as the report has them, in which `*` stands for anything."
+        ),
+    ] = ()
+    calibrator: Annotated[
+        Calibrator | Literal["auto"],
+        Meta(
+            description="`int8-gpu`: from which magnitude on an activation is clipped. `max`: "
+            "nothing is; `percentile`: what lies above `percentile`; `mse`: by the smallest "
+            "squared error; `entropy`: by the smallest divergence. `auto` tries all four and "
+            "takes the one whose outputs on validation rows are closest to FP32's."
+        ),
+    ] = "auto"
+    percentile: Annotated[
+        float,
+        Meta(gt=50, le=100, description="Percent of an activation's values that are not clipped."),
+    ] = 99.99
+    smoothing: Annotated[
+        Literal["auto", "never", "always"],
+        Meta(
+            description="`int8-gpu`: move outliers of activations into the weights first "
+            "(SmoothQuant), which is exact. `auto` tries both."
+        ),
+    ] = "auto"
+    calibration_texts: Annotated[
+        int, Meta(ge=1, description="`int8-gpu`: most texts to calibrate on.")
+    ] = 256
+    sensitivity: Annotated[
+        Literal["when_needed", "always"],
+        Meta(
+            description="When to measure each layer's damage alone: to give layers back, or "
+            "always, for the report."
+        ),
+    ] = "when_needed"
+    input_type: Annotated[
+        Literal["int32", "int64"],
+        Meta(description="Of the inputs of `int8-gpu` and `fp16-gpu`."),
+    ] = "int64"
+    budget: Annotated[
+        Budget,
+        Meta(description="What INT8 may cost on validation rows; layers go back until it fits."),
+    ] = Budget()
+
+    def without_extras(self) -> QuantiseConfig:
+        """The same for a model that is not shipped, whose layers have other names."""
+        return msgspec.structs.replace(self, sensitivity="when_needed", exclude=())
 
 
-def quantise_cpu(model: OnnxModel, config: QuantiseConfig, out: Path) -> OnnxModel:
-    """Writes ``model`` with linear layers (and embeddings) in 8 bits for a CPU.
+def included(
+    products: Sequence[Product], kinds: Sequence[ProductKind], exclude: Sequence[str]
+) -> list[Product]:
+    """Returns the products of some kinds that are not excluded by name.
 
-    Linear layers: signed, symmetric, one scale per output channel, which changes far fewer
-    predictions than one per tensor (docs/decisions/0005). Embedding tables: unsigned, one scale
-    per table, which is all that ONNX Runtime's quantiser makes of a ``Gather``. Products of two
-    activations, inside attention, stay in FP32.
+    Raises:
+        ModelError: A pattern in ``exclude`` means nothing, or nothing is left.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    operators = ["MatMul", "Gemm"] + (["Gather"] if config.embeddings else [])
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it recommends its own pre-processing on the root logger
-    try:
-        quantize_dynamic(
-            model.path,
-            out,
-            op_types_to_quantize=operators,
-            per_channel=True,
-            reduce_range=False,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )
-    finally:
-        root.setLevel(level)
-    return OnnxModel(path=out, precision="int8")
+    for pattern in exclude:
+        if not any(fnmatchcase(product.name, pattern) for product in products):
+            names = [product.name for product in products]
+            close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
+            raise ModelError(
+                f"quantise.exclude: the model has no layer {pattern!r}; did you mean {close!r}?"
+            )
+    left = [
+        product
+        for product in products
+        if product.kind in kinds
+        and not any(fnmatchcase(product.name, pattern) for pattern in exclude)
+    ]
+    if not left:
+        raise ModelError("quantise.include and quantise.exclude leave no layer to quantise")
+    return left

@@ -54,7 +54,7 @@ class OnnxModel:
     """
 
     path: Path
-    precision: Literal["fp32", "int8"]
+    precision: Literal["fp32", "fp16", "int8"]
 
     def sha256(self) -> str:
         """Hash of the file."""

@@ -14,8 +14,10 @@ from edgebert_export.to_onnx import OnnxModel
 from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
 from edgebert_runtime.manifest import (
     FORMAT_VERSION,
+    EngineEntry,
     FileEntry,
     Manifest,
+    Profile,
     Provenance,
     Task,
     TensorSpec,
@@ -23,7 +25,7 @@ from edgebert_runtime.manifest import (
     encode_manifest,
 )
 
-__all__ = ["VariantSource", "write_bundle"]
+__all__ = ["EngineSource", "VariantSource", "write_bundle"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,21 @@ class VariantSource:
     """A model that goes into the bundle, and the devices that it is for."""
 
     model: OnnxModel
-    devices: tuple[Literal["cpu", "cuda"], ...]
+    devices: tuple[Literal["cpu", "cuda", "tensorrt", "rtx"], ...]
+
+
+@dataclass(frozen=True)
+class EngineSource:
+    """A TensorRT-RTX engine that goes into the bundle."""
+
+    path: Path
+    variant: str
+    version: str
+    platform: str
+
+    def sha256(self) -> str:
+        """Hash of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
 def write_bundle(
@@ -43,6 +59,8 @@ def write_bundle(
     max_length: int,
     variants: Mapping[str, VariantSource],
     provenance: Provenance,
+    profiles: Sequence[Profile] = (),
+    engines: Sequence[EngineSource] = (),
 ) -> Bundle:
     """Writes a bundle into the empty directory ``out`` and opens it as a device would.
 
@@ -56,6 +74,8 @@ def write_bundle(
         max_length: Longest input in tokens.
         variants: By name, in order of preference.
         provenance: Where it comes from.
+        profiles: Shapes that engines are built for.
+        engines: Engines that were built ahead of time.
 
     Raises:
         BundleError: What was written does not read back; a fault of ours.
@@ -71,6 +91,20 @@ def write_bundle(
                 name=variant, model=path, precision=source.model.precision, devices=source.devices
             )
         )
+    listed_engines: list[EngineEntry] = []
+    for engine in engines:
+        (out / "engines").mkdir(exist_ok=True)
+        path = f"engines/{engine.variant}-rtx.engine"
+        shutil.copyfile(engine.path, out / path)
+        listed_engines.append(
+            EngineEntry(
+                path=path,
+                variant=engine.variant,
+                flavour="rtx",
+                version=engine.version,
+                platform=engine.platform,
+            )
+        )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=name,
@@ -84,7 +118,16 @@ def write_bundle(
         ),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", len(task.labels))),),
         variants=tuple(listed),
-        files=_entries(out, ["tokenizer.json", *(item.model for item in listed)]),
+        profiles=tuple(profiles),
+        engines=tuple(listed_engines),
+        files=_entries(
+            out,
+            [
+                "tokenizer.json",
+                *(item.model for item in listed),
+                *(item.path for item in listed_engines),
+            ],
+        ),
         provenance=provenance,
     )
     data = encode_manifest(manifest)

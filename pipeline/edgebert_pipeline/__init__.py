@@ -2,5 +2,15 @@
 
 __all__ = ["STAGES"]
 
-STAGES = ("finetune", "teach", "distill", "ablate", "onnx", "quantise", "bundle", "evaluate")
+STAGES = (
+    "finetune",
+    "teach",
+    "distill",
+    "ablate",
+    "onnx",
+    "quantise",
+    "engine",
+    "bundle",
+    "evaluate",
+)
 """The stages of the chain, in order, as ``--until`` and ``--force`` name them."""

@@ -55,6 +55,7 @@ _LIBRARIES = (
     "accelerate",
     "numpy",
     "onnx",
+    "onnx-ir",
     "onnxruntime",
     "onnxruntime-gpu",
     "optimum",

@@ -20,7 +20,7 @@ __all__ = ["DataSummary", "load_dataset", "load_examples"]
 _FEWEST_ROWS = 20
 """In a split; with fewer, one row is worth more than five points of accuracy."""
 
-_CALIBRATION_ROWS = 256
+_CALIBRATION_ROWS = 4096
 """Rows of ``train`` that serve when the recipe names no calibration texts."""
 
 
@@ -98,7 +98,8 @@ def load_dataset(config: DataConfig, base: Path) -> tuple[Dataset, DataSummary]:
         train=tuple(splits["train"].values()),
         validation=tuple(splits["validation"].values()),
         test=tuple(splits["test"].values()),
-        calibration=tuple(calibration.values()),
+        # By hash, so that any number of them from the front is a fair sample.
+        calibration=tuple(example for _, example in sorted(calibration.items())),
         unlabelled=tuple(unlabelled.values()),
     )
     names = ["train", "validation", "test", "calibration"]

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from edgebert_export.dataset import Example
 from edgebert_pipeline.build import library_versions
+from edgebert_pipeline.intervals import wilson
 from edgebert_runtime.bench import Timing, measure
 from edgebert_runtime.bundle import Bundle
-from edgebert_runtime.classifier import Classifier
+from edgebert_runtime.classifier import Classifier, encoder_for
 from edgebert_runtime.encoder import Text
 from edgebert_runtime.manifest import Task, Variant
+from edgebert_runtime.onnx_session import OnnxSession
 
 __all__ = [
     "HARD_LABEL",
@@ -61,7 +63,7 @@ class VariantScores(msgspec.Struct, frozen=True, kw_only=True):
             trained without its teacher).
         name: The variant.
         precision: Of its weights.
-        device: Where it was measured.
+        devices: What it is for. Its answers are always computed by ONNX Runtime on a CPU.
         size_bytes: Of its model file.
         correct: Test rows answered right; in ``multi_label``, with every label right.
         accuracy: ``correct`` over the rows.
@@ -71,16 +73,18 @@ class VariantScores(msgspec.Struct, frozen=True, kw_only=True):
         labels: By label.
         calibration_error: Expected calibration error, from 0 to 1; see ``calibration_error``.
         flips: Rows that are answered unlike the model's reference variant does.
+        flip_rate_low: Lower end of Wilson's 95 % interval of their share.
+        flip_rate_high: Upper end of it.
         agreement: Share of rows that are answered as the teacher's reference variant does;
             ``None`` without a teacher.
         truncated: Rows that were cut to ``max_length``.
-        timing: Latency and throughput.
+        timing: Latency and throughput; ``None`` if it is not for a CPU, where all is timed.
     """
 
     model: str
     name: str
     precision: str
-    device: str
+    devices: tuple[str, ...]
     size_bytes: int
     correct: int
     accuracy: float
@@ -90,9 +94,11 @@ class VariantScores(msgspec.Struct, frozen=True, kw_only=True):
     labels: tuple[LabelScores, ...]
     calibration_error: float
     flips: int
+    flip_rate_low: float
+    flip_rate_high: float
     agreement: float | None
     truncated: int
-    timing: Timing
+    timing: Timing | None
 
     @property
     def full_name(self) -> str:
@@ -177,7 +183,10 @@ def evaluate(
     intra_op_threads: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Labels ``examples`` with every variant that runs on a CPU, and times each.
+    """Labels ``examples`` with every variant, and times those that are for a CPU.
+
+    What is for a GPU is computed by ONNX Runtime on the CPU, too: the same graph that TensorRT
+    gets, in the precision that the graph is typed in, but with another library's rounding.
 
     Args:
         bundles: Bundles on disk, by model; the one that is shipped first.
@@ -193,29 +202,21 @@ def evaluate(
     """
     opened = {model: Bundle.open(path) for model, path in bundles.items()}
     entries = [
-        (model, variant)
-        for model, bundle in opened.items()
-        for variant in bundle.manifest.variants
-        if "cpu" in variant.devices
+        (model, variant) for model, bundle in opened.items() for variant in bundle.manifest.variants
     ]
     texts = [example.text for example in examples]
     steps = len(entries) + latency_repeats
     answers: dict[str, _Answers] = {}
     with ExitStack() as stack:
         classifiers: dict[str, Classifier] = {}
-        for model, variant in entries:
-            classifier = stack.enter_context(
-                Classifier.load(
-                    opened[model].path,
-                    device="cpu",
-                    variant=variant.name,
-                    intra_op_threads=intra_op_threads,
-                )
-            )
-            classifiers[f"{model} {variant.name}"] = classifier
-        for done, (name, classifier) in enumerate(classifiers.items(), start=1):
-            scores = classifier.scores(texts)
-            answers[name] = _Answers.of(classifier, scores, examples)
+        for done, (model, variant) in enumerate(entries, start=1):
+            name = f"{model} {variant.name}"
+            classifier = _load(opened[model], variant, intra_op_threads)
+            answers[name] = _Answers.of(classifier, classifier.scores(texts), examples)
+            if "cpu" in variant.devices:
+                classifiers[name] = stack.enter_context(classifier)
+            else:  # it is not timed
+                classifier.close()
             if on_progress is not None:
                 on_progress(done, steps)
         timings = measure(
@@ -241,15 +242,15 @@ def evaluate(
                 model=model,
                 name=variant.name,
                 precision=variant.precision,
-                device="cpu",
+                devices=variant.devices,
                 size_bytes=sizes[variant.model],
                 **_accuracy(int(found.correct.sum()), len(examples)),
                 **_by_label(opened[model].manifest.task, found),
                 calibration_error=found.calibration_error,
-                flips=found.differing(answers[f"{model} {references[model]}"]),
+                **_flips(found.differing(answers[f"{model} {references[model]}"]), len(examples)),
                 agreement=1 - found.differing(teacher) / len(examples) if teacher else None,
                 truncated=found.truncated,
-                timing=timings[name],
+                timing=timings.get(name),
             )
         )
     return Evaluation(
@@ -261,6 +262,17 @@ def evaluate(
         intra_op_threads=intra_op_threads,
         environment=_environment(),
     )
+
+
+def _load(bundle: Bundle, variant: Variant, intra_op_threads: int | None) -> Classifier:
+    if "cpu" in variant.devices:
+        return Classifier.load(
+            bundle.path, device="cpu", variant=variant.name, intra_op_threads=intra_op_threads
+        )
+    session = OnnxSession(
+        bundle.read(variant.model), intra_op_threads=intra_op_threads, simulated=True
+    )
+    return Classifier(session, encoder_for(bundle), bundle.manifest.task)
 
 
 @dataclass(frozen=True)
@@ -326,6 +338,9 @@ def _compare(
     pairs: list[tuple[VariantScores, VariantScores]] = []
     for variant in variants:
         for other in variants:
+            int8_and_fp16 = (variant.name, other.name) == ("int8-gpu", "fp16-gpu")
+            if int8_and_fp16 and variant.model == other.model:
+                pairs.append((variant, other))
             if references[other.model] != other.name or variant is other:
                 continue
             same = variant.model == other.model
@@ -357,15 +372,18 @@ def _spread_over_lengths(texts: Sequence[Text], count: int) -> list[Text]:
 
 
 def _accuracy(correct: int, rows: int) -> dict[str, Any]:
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, rows).proportion_ci(method="wilson")
+    low, high = wilson(correct, rows)
     return {
         "correct": correct,
         "accuracy": correct / rows,
-        "accuracy_low": float(interval.low),
-        "accuracy_high": float(interval.high),
+        "accuracy_low": low,
+        "accuracy_high": high,
     }
+
+
+def _flips(flips: int, rows: int) -> dict[str, Any]:
+    low, high = wilson(flips, rows)
+    return {"flips": flips, "flip_rate_low": low, "flip_rate_high": high}
 
 
 def _by_label(task: Task, answers: _Answers) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from edgebert_export.distill import DistillConfig
+from edgebert_export.engine import EngineConfig
 from edgebert_export.finetune import FinetuneConfig
 from edgebert_export.quantise import QuantiseConfig
 from edgebert_export.to_onnx import ExportConfig
@@ -329,7 +330,8 @@ class GateConfig(_Section, frozen=True, kw_only=True):
         _Positive | None, Meta(description="Highest p99 latency of one text, in milliseconds.")
     ] = None
     max_size_mb: Annotated[
-        _Positive | None, Meta(description="Largest model file, in megabytes (10^6 bytes).")
+        _Positive | None,
+        Meta(description="Largest model file for a CPU, in megabytes (10^6 bytes)."),
     ] = None
 
 
@@ -355,6 +357,7 @@ class Recipe(_Section, frozen=True, kw_only=True):
     ] = None
     export: Annotated[ExportConfig, Meta(description="ONNX.")] = ExportConfig()
     quantise: Annotated[QuantiseConfig, Meta(description="INT8.")] = QuantiseConfig()
+    engine: Annotated[EngineConfig, Meta(description="TensorRT engines.")] = EngineConfig()
     bundle: Annotated[BundleConfig, Meta(description="The bundle.")] = BundleConfig()
     evaluate: Annotated[EvaluateConfig, Meta(description="Measuring.")] = EvaluateConfig()
     gate: Annotated[GateConfig, Meta(description="Limits.")] = GateConfig()
@@ -396,7 +399,25 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return msgspec.convert(raw, Recipe)
     except msgspec.ValidationError as exc:
-        raise RecipeError(f"{path}: {in_toml_words(str(exc))}") from exc
+        message = in_toml_words(str(exc))
+        raise RecipeError(f"{path}: {message}{_choices(message)}") from exc
+
+
+def _choices(message: str) -> str:
+    """Names what may stand where a message says ``KEY: Invalid enum value``."""
+    where, _, fault = message.partition(": Invalid enum value")
+    if not fault:
+        return ""
+    hint: Any = Recipe
+    for key in re.sub(r"\[\d*\.*\]", "", where).split("."):
+        hint = typing.get_type_hints(struct_in(hint) or hint, include_extras=False).get(key)
+    return f"; it is one of {', '.join(map(repr, _literals(hint)))}"
+
+
+def _literals(hint: Any) -> list[str]:
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    return [value for part in typing.get_args(hint) for value in _literals(part)]
 
 
 def check_paths(recipe: Recipe, path: Path) -> None:

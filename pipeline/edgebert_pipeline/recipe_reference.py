@@ -77,7 +77,7 @@ def _toml(value: object) -> str:
     if isinstance(value, str):
         return f'`"{value}"`'
     if isinstance(value, tuple):
-        return "`[]`"
+        return f"`[{', '.join(_toml(item).strip('`') for item in value)}]`"
     return f"`{value}`"
 
 

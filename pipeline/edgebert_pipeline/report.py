@@ -9,10 +9,12 @@ import msgspec
 from msgspec import Meta
 
 from edgebert_export.distill import DistillationLog
+from edgebert_export.fidelity import Budget
 from edgebert_export.to_onnx import Parity
 from edgebert_export.training import TrainingLog
 from edgebert_pipeline.build import StageRecord
 from edgebert_pipeline.data import DataSummary
+from edgebert_pipeline.engines import EngineLog, render_engines
 from edgebert_pipeline.evaluate import (
     HARD_LABEL,
     STUDENT,
@@ -21,6 +23,9 @@ from edgebert_pipeline.evaluate import (
     Evaluation,
     VariantScores,
 )
+from edgebert_pipeline.markdown import cell, table
+from edgebert_pipeline.quantisation import Quantisation
+from edgebert_pipeline.report_quantisation import render_quantisation
 from edgebert_runtime.manifest import Provenance, Task
 
 __all__ = [
@@ -35,7 +40,7 @@ __all__ = [
     "render_table",
 ]
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 
 _SIGNIFICANT = 0.05
 
@@ -97,6 +102,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         training: How fine-tuning went; ``None`` when the checkpoint was taken as it is.
         distillation: How distilling went; ``None`` without a student.
         models: Every model that was exported, by what it is; the one in the bundle first.
+        quantisation: How each model was quantised, by what it is; empty if none was.
+        engines: What became of TensorRT engines.
+        budget: What INT8 was allowed to cost on validation rows.
         evaluation: Accuracy, flips, size and speed of each variant.
         gate: Every limit that the recipe sets, with what was measured.
         stages: When each stage ran, and for how long.
@@ -111,6 +119,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     training: TrainingLog | None
     distillation: Distillation | None
     models: dict[str, ModelSummary]
+    quantisation: dict[str, Quantisation]
+    engines: EngineLog
+    budget: Budget
     evaluation: Evaluation
     gate: tuple[GateCheck, ...]
     stages: dict[str, StageRecord]
@@ -125,11 +136,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def render_table(evaluation: Evaluation) -> str:
     """Returns the variants as a Markdown table that reads well on a terminal, too."""
     taught = TEACHER in evaluation.references
-    header = ["variant", "size MB", "accuracy (95 % interval)", "flips vs FP32"]
+    header = ["variant", "size MB", "accuracy (95 % interval)", "flips vs FP32 (95 % interval)"]
     header += ["like teacher"] * taught + ["p50 / p99 ms", "texts/s"]
     rows = []
     for item in evaluation.variants:
-        flips = f"{item.flips} ({item.flips / evaluation.rows:.2%})"
+        flips = (
+            f"{item.flips} ({item.flips / evaluation.rows:.2%}, "
+            f"{item.flip_rate_low:.2%}-{item.flip_rate_high:.2%})"
+        )
         row = [
             item.full_name,
             f"{item.size_bytes / 1e6:.1f}",
@@ -138,18 +152,24 @@ def render_table(evaluation: Evaluation) -> str:
         ]
         if taught:
             row.append("" if item.agreement is None else f"{item.agreement:.2%}")
-        row += [
-            f"{item.timing.latency_p50_ms:.2f} / {item.timing.latency_p99_ms:.2f}",
-            f"{item.timing.throughput_texts_per_s:.0f}",
-        ]
+        timing = item.timing
+        row += (
+            ["not timed", ""]
+            if timing is None
+            else [
+                f"{timing.latency_p50_ms:.2f} / {timing.latency_p99_ms:.2f}",
+                f"{timing.throughput_texts_per_s:.0f}",
+            ]
+        )
         rows.append(row)
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def render_markdown(report: Report) -> str:
     """Returns the report as Markdown."""
     evaluation = report.evaluation
-    timing = evaluation.variants[0].timing
+    timing = next(v.timing for v in evaluation.variants if v.timing is not None)
+    on_gpu = any(item.timing is None for item in evaluation.variants)
     threads = evaluation.intra_op_threads or "ONNX Runtime's choice"
     parts = [
         f"# {report.name}",
@@ -164,17 +184,25 @@ def render_markdown(report: Report) -> str:
         f"Latency: one text a call, tokenising included, {timing.texts} test texts, median of "
         f"{timing.repeats} rounds; throughput: the same texts in one call, batches of "
         f"{timing.batch_size}. Variants were timed turn by turn in one process. "
-        f"Threads: {threads}.",
+        f"Threads: {threads}."
+        + (
+            " Variants for a GPU were answered by ONNX Runtime on this CPU, from the same graphs "
+            "that TensorRT gets, and were not timed: **nothing here was run on a GPU**."
+            if on_gpu
+            else ""
+        ),
         *(["## Distillation", _distillation(report)] if report.distillation else []),
+        *(["## Quantisation", _quantisation(report)] if report.quantisation else []),
+        *(["## Engines", render_engines(report.engines)] if report.engines.profiles else []),
         "## Paired comparisons",
         render_comparisons(evaluation),
         "## Per label",
-        _table(
+        table(
             ("variant", "label", "rows", "precision", "recall", "F1"),
             [
                 (
                     item.full_name,
-                    _cell(label.label),
+                    cell(label.label),
                     str(label.rows),
                     f"{label.precision:.4f}",
                     f"{label.recall:.4f}",
@@ -191,7 +219,7 @@ def render_markdown(report: Report) -> str:
         "## How it was made",
         _making(report),
         "## Environment",
-        _table(("what", "value"), [(k, _cell(v)) for k, v in evaluation.environment.items()]),
+        table(("what", "value"), [(k, cell(v)) for k, v in evaluation.environment.items()]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -202,7 +230,8 @@ def _distillation(report: Report) -> str:
     rows = []
     for name, model in report.models.items():
         fp32 = evaluation.reference(name)
-        smallest = min((v for v in evaluation.variants if v.model == name), key=_size)
+        timed = [v for v in evaluation.variants if v.model == name and v.timing is not None]
+        smallest = min(timed, key=_size)
         rows.append(
             (
                 name,
@@ -213,8 +242,8 @@ def _distillation(report: Report) -> str:
                 f"{fp32.calibration_error:.4f}",
                 f"{fp32.size_bytes / 1e6:.1f}",
                 f"{smallest.size_bytes / 1e6:.1f}",
-                f"{fp32.timing.latency_p50_ms:.2f}",
-                f"{smallest.timing.latency_p50_ms:.2f}",
+                _p50(fp32),
+                _p50(smallest),
             )
         )
     header = (
@@ -229,14 +258,14 @@ def _distillation(report: Report) -> str:
         "p50 ms, FP32",
         "p50 ms, smallest",
     )
-    parts = [_table(header, rows)]
+    parts = [table(header, rows)]
     student, teacher = (evaluation.reference(name) for name in (STUDENT, TEACHER))
     parts.append(
         f"The student keeps {student.correct / max(teacher.correct, 1):.2%} of its teacher's "
         f"accuracy (FP32 both, on {evaluation.rows} rows; the paired comparison below says "
         "whether that differs from all of it by more than chance). *Like teacher* is the share of "
         "test rows answered as the FP32 teacher answers them; *calibration error* is the "
-        "expected one, with 15 bins; *smallest* is the variant with the smallest file."
+        "expected one, with 15 bins; *smallest* is the CPU's variant with the smallest file."
         + (
             " *hard-label* is the same student, from the same start, trained on the labels alone."
             if HARD_LABEL in evaluation.references
@@ -267,8 +296,29 @@ def _distillation(report: Report) -> str:
     return "\n\n".join([*parts, "\n".join(lines)])
 
 
+def _p50(variant: VariantScores) -> str:
+    return "" if variant.timing is None else f"{variant.timing.latency_p50_ms:.2f}"
+
+
 def _size(variant: VariantScores) -> int:
     return variant.size_bytes
+
+
+def _quantisation(report: Report) -> str:
+    budget = report.budget
+    limits = [
+        f"at most {budget.max_accuracy_drop:.2%} accuracy lost",
+        f"at most {budget.max_flip_rate:.2%} flips",
+    ]
+    if budget.max_divergence is not None:
+        limits.append(f"a divergence of at most {budget.max_divergence:g}")
+    parts = [
+        "Decided on validation rows, which are not the test rows above; the budget against FP32: "
+        f"{', '.join(limits)}. *Lost* is FP32's accuracy less the variant's; *divergence* is the "
+        "mean Kullback-Leibler divergence of the outputs from FP32's, in nats."
+    ]
+    parts += [render_quantisation(name, log, budget) for name, log in report.quantisation.items()]
+    return "\n\n".join(parts)
 
 
 def _listed(layers: Sequence[int]) -> str:
@@ -302,7 +352,7 @@ def render_comparisons(evaluation: Evaluation) -> str:
     ]
     header = ("first", "second", "first - second", "only first right", "only second right", "p", "")
     return (
-        f"{_table(header, rows)}\n\nThe same {evaluation.rows} test rows for both; McNemar's "
+        f"{table(header, rows)}\n\nThe same {evaluation.rows} test rows for both; McNemar's "
         f"exact test on the rows that one alone answers right. *Shown* means p < {_SIGNIFICANT}; "
         "no correction for making several comparisons."
     )
@@ -327,7 +377,7 @@ def _verdict(report: Report) -> str:
 def _gate(report: Report) -> str:
     if not report.gate:
         return "The recipe sets no limit."
-    return _table(
+    return table(
         ("variant", "limit", "allowed", "measured", "passed"),
         [
             (c.variant, c.limit, f"{c.allowed:g}", f"{c.measured:.4g}", "yes" if c.passed else "NO")
@@ -351,9 +401,9 @@ def _data(data: DataSummary) -> str:
         )
         for split, count in data.rows.items()
     ]
-    table = _table(("split", "rows", *(_cell(label) for label in labels)), rows)
+    by_split = table(("split", "rows", *(cell(label) for label in labels)), rows)
     return (
-        f"{table}\n\nLeft out of the labelled splits: {data.out_of_ranges} rows outside every "
+        f"{by_split}\n\nLeft out of the labelled splits: {data.out_of_ranges} rows outside every "
         "label's range, "
         f"{data.duplicates} duplicates, {data.contradictions} rows whose text has two different "
         f"labels, {data.moved_out} rows whose text is in another split. Hash of the rows: "
@@ -385,18 +435,3 @@ def _making(report: Report) -> str:
         f"seed {provenance.seed}",
     ]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    """Keeps a label or a version from breaking out of its table cell."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,11 +21,11 @@ from edgebert_export.dataset import Dataset
 from edgebert_export.distill import check_layers
 from edgebert_export.errors import CheckpointError
 from edgebert_export.finetune import FinetuneConfig, finetune, is_needed
-from edgebert_export.quantise import QuantiseConfig, quantise_cpu
+from edgebert_export.quantise import QuantiseConfig
 from edgebert_export.thresholds import choose_thresholds
 from edgebert_export.to_onnx import OnnxModel, Parity, measure_parity, to_onnx
 from edgebert_export.training import TrainingLog, check_batch_size
-from edgebert_export.write_bundle import VariantSource, write_bundle
+from edgebert_export.write_bundle import EngineSource, VariantSource, write_bundle
 from edgebert_pipeline.build import (
     LOADING,
     TRAINING,
@@ -36,6 +37,7 @@ from edgebert_pipeline.build import (
 )
 from edgebert_pipeline.data import DataSummary, load_dataset
 from edgebert_pipeline.distillation import run_distillation
+from edgebert_pipeline.engines import check_engines, profiles_for, run_engines
 from edgebert_pipeline.errors import BuildError, FetchError, RecipeError
 from edgebert_pipeline.evaluate import (
     MODEL,
@@ -46,6 +48,7 @@ from edgebert_pipeline.evaluate import (
 from edgebert_pipeline.fetch import fetch_checkpoint
 from edgebert_pipeline.gate import apply_gate
 from edgebert_pipeline.progress import Progress, Reporter
+from edgebert_pipeline.quantisation import Quantisation, check_calibration, run_quantisation
 from edgebert_pipeline.recipe import GateConfig, Recipe, load_recipe
 from edgebert_pipeline.report import (
     REPORT_VERSION,
@@ -57,7 +60,7 @@ from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cache import cache_dir
 from edgebert_runtime.device import import_onnxruntime
 from edgebert_runtime.errors import BundleError
-from edgebert_runtime.manifest import Provenance, Task
+from edgebert_runtime.manifest import Profile, Provenance, Task
 
 __all__ = ["distill_checkpoint", "export"]
 
@@ -159,7 +162,7 @@ def distill_checkpoint(
     alone = msgspec.structs.replace(
         recipe,
         finetune=FinetuneConfig(mode="never"),
-        quantise=QuantiseConfig(cpu=False),
+        quantise=QuantiseConfig(cpu=False, gpu=False),
         gate=GateConfig(),
     )
     return _run(
@@ -206,6 +209,9 @@ def _run(
         source, dataset, summary = _fetch(recipe, base, reporter)
     _describe(summary, reporter)
     check_max_length(source, recipe.export.max_length)
+    for warning in check_calibration(recipe.quantise, source, dataset, recipe.export.max_length):
+        reporter.line(f"  warning: {warning}")
+    check_engines(recipe.engine)
     if recipe.distill is not None:
         check_batch_size(recipe.distill)
     with BuildDirectory(out, reporter, force=force, wait=wait) as build:
@@ -246,17 +252,47 @@ def _run(
         if until == "onnx":
             return None
 
-        # INT8 before FP32: the order is what a device prefers.
+        shipped = next(iter(models))  # the others are there to be compared with
+        # FP32 last: the order is what a device prefers.
         variants: dict[str, dict[str, VariantSource]] = {}
+        quantisations: dict[str, Quantisation] = {}
         for name, fp32 in exported.items():
             variants[name] = {}
-            if recipe.quantise.cpu:
-                stage = _quantise_stage(build, recipe, name, fp32)
-                stages[_stage_name("quantise", name)] = stage
-                int8 = OnnxModel(stage / "int8-cpu.onnx", "int8")
-                variants[name]["int8-cpu"] = VariantSource(int8, ("cpu",))
+            if recipe.quantise.cpu or recipe.quantise.gpu:
+                quantised = run_quantisation(
+                    build,
+                    recipe.quantise if name == shipped else recipe.quantise.without_extras(),
+                    models[name],
+                    fp32,
+                    dataset,
+                    recipe.export.max_length,
+                    what=f"{_of(name)}INT8 and FP16, held against FP32 on validation rows",
+                    task=partial(_with_thresholds, recipe, models[name], dataset, fp32),
+                    thresholds=recipe.bundle.thresholds,
+                    say=lambda line: reporter.line(f"  {line}"),
+                )
+                stages[_stage_name("quantise", name)] = quantised.stage
+                variants[name] |= quantised.variants
+                quantisations[name] = quantised.log
             variants[name]["fp32"] = VariantSource(fp32, ("cpu", "cuda"))
         if until == "quantise":
+            return None
+
+        profiles: tuple[Profile, ...] = ()
+        if recipe.quantise.gpu:
+            profiles = profiles_for(
+                models[shipped], dataset, recipe.engine, recipe.export.max_length
+            )
+        engines = run_engines(
+            build,
+            recipe.engine,
+            variants[shipped],
+            profiles,
+            say=lambda line: reporter.line(f"  {line}"),
+        )
+        if engines.stage is not None:
+            stages["engine"] = engines.stage
+        if until == "engine":
             return None
 
         trained = recipe.distill or (recipe.finetune if training else None)
@@ -270,7 +306,17 @@ def _run(
         )
         bundles: dict[str, Bundle] = {}
         for name, model in models.items():
-            stage = _bundle_stage(build, recipe, name, model, dataset, variants[name], provenance)
+            stage = _bundle_stage(
+                build,
+                recipe,
+                name,
+                model,
+                dataset,
+                variants[name],
+                provenance,
+                profiles=profiles,
+                engines=engines.sources if name == shipped else (),
+            )
             stages[_stage_name("bundle", name)] = stage
             bundles[name] = Bundle.open(stage / "bundle")
         if until == "bundle":
@@ -297,6 +343,9 @@ def _run(
                 )
                 for name, model in models.items()
             },
+            quantisation=quantisations,
+            engines=engines.log,
+            budget=recipe.quantise.budget,
             evaluation=evaluation,
             gate=apply_gate(evaluation, recipe.gate),
             stages={name: build.record(path) for name, path in stages.items()},
@@ -392,21 +441,6 @@ def _of(model: str) -> str:
     return "" if model == MODEL else f"{model}, "
 
 
-def _quantise_stage(build: BuildDirectory, recipe: Recipe, name: str, fp32: OnnxModel) -> Path:
-    key = stage_key(
-        "quantise",
-        ("edgebert_pipeline.run", "edgebert_export.quantise"),
-        fp32.sha256(),
-        recipe.quantise,
-    )
-
-    def produce(out: Path, progress: Progress) -> None:
-        quantise_cpu(fp32, recipe.quantise, out / "int8-cpu.onnx")
-
-    what = f"{_of(name)}INT8 for CPUs, dynamic, per channel"
-    return build.stage("quantise", key, what, produce)
-
-
 def _bundle_stage(
     build: BuildDirectory,
     recipe: Recipe,
@@ -415,6 +449,9 @@ def _bundle_stage(
     dataset: Dataset,
     variants: dict[str, VariantSource],
     provenance: Provenance,
+    *,
+    profiles: Sequence[Profile],
+    engines: Sequence[EngineSource],
 ) -> Path:
     key = stage_key(
         "bundle",
@@ -432,6 +469,8 @@ def _bundle_stage(
         recipe.bundle,
         recipe.export.max_length,
         provenance,
+        list(profiles),
+        [(engine.variant, engine.version, engine.sha256()) for engine in engines],
     )
 
     def produce(out: Path, progress: Progress) -> None:
@@ -443,6 +482,8 @@ def _bundle_stage(
             max_length=recipe.export.max_length,
             variants=variants,
             provenance=provenance,
+            profiles=profiles,
+            engines=engines,
         )
 
     return build.stage("bundle", key, f"{_of(name)}models, tokenizer, manifest", produce)
@@ -468,7 +509,12 @@ def _evaluate_stage(
 ) -> Path:
     key = stage_key(
         "evaluate",
-        (*_SERVING, "edgebert_pipeline.run", "edgebert_pipeline.evaluate"),
+        (
+            *_SERVING,
+            "edgebert_pipeline.run",
+            "edgebert_pipeline.evaluate",
+            "edgebert_pipeline.intervals",
+        ),
         [(name, bundle.digest) for name, bundle in bundles.items()],
         dataset.sha256("test"),
         recipe.evaluate,

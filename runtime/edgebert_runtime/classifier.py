@@ -12,7 +12,7 @@ import numpy as np
 
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cache import is_known_whole, remember_whole
-from edgebert_runtime.device import Choice, choose, gather_facts
+from edgebert_runtime.device import Choice, DeviceFacts, choose, gather_facts
 from edgebert_runtime.encoder import Encoded, Text, TextEncoder
 from edgebert_runtime.errors import BundleError, DeviceError, InputError
 from edgebert_runtime.manifest import Task
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from numpy.typing import NDArray
+
+    from edgebert_runtime.tensorrt_session import TensorRTSession
 
 __all__ = ["Classifier", "Prediction", "Stats"]
 
@@ -103,15 +105,22 @@ class Classifier:
         variant: str | None = None,
         intra_op_threads: int | None = None,
         batch_size: int = 32,
+        build_engine: bool = False,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Classifier:
         """Loads a bundle, after checking every byte of it.
 
         Args:
             path: The bundle: a directory, or one ``.tar``.
-            device: ``auto`` (the best that works), ``cpu`` or ``cuda``.
+            device: ``auto`` (the best that works at once), ``cpu``, ``cuda``, ``tensorrt`` or
+                ``rtx`` (TensorRT for RTX).
             variant: Name of the variant to load; the best for the device when ``None``.
             intra_op_threads: Threads for one operator; ONNX Runtime decides when ``None``.
             batch_size: Most texts in one call of the model.
+            build_engine: Whether to build the TensorRT engine if there is none, which takes
+                minutes. Without it, ``auto`` runs on ONNX Runtime until
+                ``edgebert-rt engine`` has built one.
+            on_progress: Called with the build's steps done and known so far.
 
         Raises:
             BundleError: The bundle is damaged, unsafe or unknown.
@@ -125,16 +134,21 @@ class Classifier:
         bundle = Bundle.open(path)
         # The files that are parsed are hashed when they are read; the rest beside the loading.
         rest = None if is_known_whole(bundle) else _Background(bundle.verify)
-        choice = choose(bundle.manifest, gather_facts(), device, variant)
+        facts = gather_facts(device)
+        choice = choose_for(bundle, facts, device, variant, build_engine=build_engine)
+        for reason in choice.faults:
+            _warn("running %s on %s: %s", choice.variant.name, choice.device, reason)
 
         def start(chosen: Choice) -> Session:
+            if chosen.device == "tensorrt" or chosen.device == "rtx":
+                return _start_engine(bundle, chosen, facts, on_progress)
             data = bundle.read(chosen.variant.model)
             session = OnnxSession(data, device=chosen.device, intra_op_threads=intra_op_threads)
             _check_belongs(session, bundle)
             return session
 
         def on_cpu() -> Choice:
-            return choose(bundle.manifest, gather_facts(), "cpu", variant)
+            return choose(bundle.manifest, facts, "cpu", variant)
 
         encoder = encoder_for(bundle)
         session, choice = _start_session(choice, start, on_cpu if device == "auto" else None)
@@ -179,7 +193,7 @@ class Classifier:
         """
         logits = self.logits(texts)
         if self.task.kind == "multi_label":
-            return _sigmoid(logits)
+            return sigmoid(logits)
         return _softmax(logits)
 
     def logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
@@ -285,6 +299,65 @@ class _Background(threading.Thread):
             raise self._fault
 
 
+def choose_for(
+    bundle: Bundle,
+    facts: DeviceFacts,
+    device: str = "auto",
+    variant: str | None = None,
+    *,
+    build_engine: bool = False,
+) -> Choice:
+    """Chooses what of a bundle runs on this machine; see ``choose`` for what it raises."""
+    if not facts.tensorrt:
+        return choose(bundle.manifest, facts, device, variant, build_engine=build_engine)
+    from edgebert_runtime.engine_cache import EngineCache
+    from edgebert_runtime.engines import available_engines, preferred_variants
+
+    cache = EngineCache()
+    return choose(
+        bundle.manifest,
+        facts,
+        device,
+        variant,
+        engines=available_engines(bundle, cache),
+        preferred=preferred_variants(bundle, cache, facts),
+        build_engine=build_engine,
+    )
+
+
+def _start_engine(
+    bundle: Bundle,
+    choice: Choice,
+    facts: DeviceFacts,
+    on_progress: Callable[[int, int], None],
+) -> Session:
+    """Opens the engine that was chosen, after building it if it is missing."""
+    from edgebert_runtime.engine_cache import EngineCache
+    from edgebert_runtime.engines import build_engines, open_engine
+
+    assert choice.engine is not None
+    cache = EngineCache()
+    if choice.engine_missing:
+        _warn("building an engine of %s for %s", choice.variant.name, choice.engine)
+        build_engines(
+            bundle,
+            choice.engine.flavour,
+            facts,
+            cache,
+            variants=[choice.variant],
+            on_progress=on_progress,
+        )
+    session = open_engine(bundle, choice.engine, cache)
+    _check_belongs(session, bundle)
+    return session
+
+
+def _warn(message: str, *args: object) -> None:
+    import logging  # here: a start that goes well does not pay for it
+
+    logging.getLogger("edgebert").warning(message, *args)
+
+
 def _start_session(
     choice: Choice, start: Callable[[Choice], Session], fallback: Callable[[], Choice] | None
 ) -> tuple[Session, Choice]:
@@ -296,16 +369,12 @@ def _start_session(
             raise
         reason = f"{choice.device}: {exc}"
         second = fallback()
-        import logging  # here: a start that goes well does not pay for it
-
-        logging.getLogger("edgebert").warning(
-            "falling back to the CPU, variant %s: %s", second.variant.name, reason
-        )
+        _warn("falling back to the CPU, variant %s: %s", second.variant.name, reason)
         second = Choice("cpu", second.variant, (*choice.passed_over, reason))
         return start(second), second
 
 
-def _check_belongs(session: OnnxSession, bundle: Bundle) -> None:
+def _check_belongs(session: OnnxSession | TensorRTSession, bundle: Bundle) -> None:
     """Checks that a model takes what the manifest says. Raises ``BundleError``."""
     listed = {spec.name for spec in bundle.manifest.inputs}
     if session.input_names != listed:
@@ -327,7 +396,8 @@ def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return result
 
 
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns each label's score on its own, as ``Classifier.scores`` does."""
     # exp of -|x| cannot overflow, whatever the model puts out.
     small = np.exp(-np.abs(logits))
     result: NDArray[np.float32] = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))

@@ -15,8 +15,10 @@ from typing import Any, BinaryIO
 import click
 import msgspec
 
-from edgebert_runtime.device import DEVICES, choose, gather_facts
+from edgebert_runtime.device import DEVICES
 from edgebert_runtime.errors import EdgebertError, InputError
+from edgebert_runtime.facts import DeviceFacts, gather_facts
+from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour
 
 __all__ = ["COMMANDS", "CommandGroup", "main", "printable", "reported_errors"]
 
@@ -274,7 +276,109 @@ def inspect(bundle: str, as_json: bool) -> None:
     for item in manifest.variants:
         devices = ", ".join(item.devices)
         click.echo(f"{item.name}: {sizes[item.model] / 1e6:.1f} MB, {item.precision}, on {devices}")
+    for built in manifest.engines:
+        click.echo(
+            f"engine of {built.variant}: {sizes[built.path] / 1e6:.1f} MB, TensorRT-RTX "
+            f"{built.version}, {built.platform}"
+        )
     click.echo(f"digest: {opened.digest} (every file checked)")
+
+
+@click.command(short_help="Build a bundle's TensorRT engines on this device.")
+@_bundle_argument
+@click.option("--flavour", type=click.Choice(FLAVOURS), help="TensorRT, or TensorRT for RTX.")
+@click.option("--variant", "names", multiple=True, help="Variant to build; all if left out.")
+@click.option("--workspace-mib", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--version-compatible", is_flag=True, help="Let later TensorRT releases load it.")
+@click.option("--hardware-compatible", is_flag=True, help="Let every GPU from Ampere on run it.")
+@click.option("--force", is_flag=True, help="Build engines anew that are there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def engine(
+    bundle: str,
+    flavour: Flavour | None,
+    names: tuple[str, ...],
+    workspace_mib: int,
+    version_compatible: bool,
+    hardware_compatible: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Build BUNDLE's engines with this device's TensorRT, and measure which is the fastest.
+
+    Engines are kept in the user's cache directory; predict, bench and applications find them
+    there. Without --flavour, the first that this device can build is taken.
+    """
+    from edgebert_runtime import engines
+    from edgebert_runtime.bundle import Bundle
+    from edgebert_runtime.engine import unusable
+    from edgebert_runtime.engine_cache import EngineCache
+    from edgebert_runtime.tensorrt_build import BuildOptions
+
+    opened = Bundle.open(bundle)
+    facts = gather_facts(flavour or "auto")
+    usable = [name for name in FLAVOURS if unusable(name, facts, building=True) is None]
+    chosen: Flavour = flavour or (usable or FLAVOURS)[0]
+    cache = EngineCache()
+    log_path = cache.directory / f"build-{chosen}.log"
+    lines: list[str] = []
+    try:
+        keys = engines.build_engines(
+            opened,
+            chosen,
+            facts,
+            cache,
+            variants=[opened.manifest.variant(name) for name in names] or None,
+            options=BuildOptions(
+                workspace_mib=workspace_mib,
+                version_compatible=version_compatible,
+                hardware_compatible=hardware_compatible,
+            ),
+            force=force,
+            log=lines.append,
+            say=lambda line: click.echo(line, err=True),
+            on_progress=_StepCounter(),
+        )
+    finally:
+        if lines:
+            log_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            click.echo(f"TensorRT's log: {log_path}", err=True)
+    preference = None
+    reason = unusable(chosen, facts)
+    if reason is not None:
+        click.echo(f"not measured: {reason}", err=True)
+    else:
+        preference = engines.measure_and_remember(opened, keys, facts, cache)
+    if as_json:
+        click.echo(msgspec.json.encode({"engines": keys, "preference": preference}))
+        return
+    for name, key in keys.items():
+        click.echo(f"{name}: {key}")
+    if preference is not None:
+        for timing in preference.timings:
+            shape = f"{timing.profile.opt_batch} x {timing.profile.opt_seq} tokens"
+            click.echo(
+                f"{timing.variant}, {shape}: p50 {timing.p50_ms:.2f} ms, p99 {timing.p99_ms:.2f} ms"
+            )
+        click.echo(f"preferred: {preference.variant}")
+
+
+class _StepCounter:
+    """Shows a build's steps: one line that changes on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._shown = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = 100 * done // max(total, 1)
+        step = 1 if sys.stderr.isatty() else 25
+        if percent // step == self._shown // step:
+            return
+        self._shown = percent
+        end = done >= total
+        if sys.stderr.isatty():
+            click.echo(f"\r  {percent} % of the steps known so far", nl=end, err=True)
+        else:
+            click.echo(f"  {percent} % of the steps known so far", err=True)
 
 
 @click.command(short_help="Say what would run here, and why.")
@@ -283,21 +387,55 @@ def inspect(bundle: str, as_json: bool) -> None:
 def doctor(bundle: str | None, as_json: bool) -> None:
     """Say what this machine offers and, for a BUNDLE, what would run here and why."""
     from edgebert_runtime.bundle import Bundle
+    from edgebert_runtime.classifier import choose_for
 
-    facts = gather_facts()
-    choice = None if bundle is None else choose(Bundle.open(bundle).manifest, facts)
+    facts = gather_facts(look_for_gpu=True)
+    choice = None if bundle is None else choose_for(Bundle.open(bundle), facts)
     if as_json:
         click.echo(msgspec.json.encode({"facts": facts, "choice": choice}))
         return
-    click.echo(f"machine: {facts.machine}, {facts.cpu_count} processors")
-    click.echo(f"ONNX Runtime: {', '.join(facts.onnxruntime)}; {', '.join(facts.providers)}")
+    for line in _described(facts):
+        click.echo(printable(line))
     if choice is not None:
         click.echo(f"would run: {choice.variant.name} on {choice.device}")
         for reason in choice.passed_over:
-            click.echo(f"passed over: {reason}")
+            click.echo(f"passed over: {printable(reason)}")
 
 
-COMMANDS: tuple[click.Command, ...] = (predict, bench, inspect, doctor)
+def _described(facts: DeviceFacts) -> Iterator[str]:
+    """Yields what a machine offers, a line for each part of it."""
+    memory = f", {facts.memory_bytes / 2**30:.1f} GiB" if facts.memory_bytes else ""
+    yield f"machine: {facts.platform}, {facts.cpu_count} processors{memory}"
+    if facts.jetson is not None:
+        jetpack = f" (JetPack {facts.jetson.jetpack})" if facts.jetson.jetpack else ""
+        mode = facts.jetson.power_mode or "unknown"
+        yield f"Jetson Linux: {facts.jetson.release}{jetpack}, power mode {mode}"
+    if facts.gpu is not None:
+        gpu = facts.gpu
+        capability = ".".join(map(str, gpu.compute_capability))
+        kind = ", memory shared with the processor" if gpu.integrated else ""
+        yield (
+            f"GPU: {gpu.name}, compute capability {capability}, {gpu.free_bytes / 2**30:.1f} of "
+            f"{gpu.total_bytes / 2**30:.1f} GiB free{kind}"
+        )
+        yield f"driver: {facts.driver or 'unknown'}, CUDA up to {gpu.cuda[0]}.{gpu.cuda[1]}"
+    else:
+        driver = f"driver {facts.driver}; " if facts.driver else ""
+        yield f"GPU: {driver}{facts.gpu_fault}"
+    for flavour, module in (("tensorrt", "TensorRT"), ("rtx", "TensorRT-RTX")):
+        found = facts.tensorrt.get(flavour)
+        if found is None:
+            yield f"{module}: not installed"
+        else:
+            cuda = f", for CUDA {found.cuda}" if found.cuda else ""
+            yield f"{module}: {found.version or found.fault}{cuda}"
+    if facts.onnxruntime_fault is not None:
+        yield f"ONNX Runtime: {facts.onnxruntime_fault}"
+    else:
+        yield f"ONNX Runtime: {', '.join(facts.onnxruntime)}; {', '.join(facts.providers)}"
+
+
+COMMANDS: tuple[click.Command, ...] = (predict, bench, engine, inspect, doctor)
 
 
 @click.group(cls=CommandGroup)

@@ -79,6 +79,12 @@ class TextEncoder:
         self._pad_token_id = pad_token_id
         self._text_pair = text_pair
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of what is put around every text, and of padding."""
+        nothing: Text = ("", "") if self._text_pair else ""
+        return frozenset([*self.encode([nothing])[0].ids, self._pad_token_id])
+
     def encode(self, texts: Sequence[Text], *, first_index: int = 0) -> list[Encoded]:
         """Tokenises ``texts``, in order.
 

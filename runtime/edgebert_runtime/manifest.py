@@ -17,8 +17,10 @@ from edgebert_runtime.errors import BundleError
 
 __all__ = [
     "FORMAT_VERSION",
+    "EngineEntry",
     "FileEntry",
     "Manifest",
+    "Profile",
     "Provenance",
     "Task",
     "TensorSpec",
@@ -28,9 +30,12 @@ __all__ = [
     "encode_manifest",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, FORMAT_VERSION)
+"""Version 2 added FP16 and TensorRT: what version 1 says means the same in it."""
 
 _MOST_TOKENS = 2**20
+_MOST_ROWS = 2**16
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -88,20 +93,61 @@ class Variant(_Strict, frozen=True, kw_only=True):
         name: Unique in the bundle, for instance ``int8-cpu``.
         model: Path of the ONNX file in the bundle.
         precision: Of the weights of the linear layers.
-        devices: Where it may run. A device takes the first variant in the manifest that
+        devices: Where it may run; for ``tensorrt`` and ``rtx`` (TensorRT for RTX) it is what
+            an engine is built from. A device takes the first variant in the manifest that
             names it, so the order of the variants is the order of preference.
     """
 
     name: str
     model: str
-    precision: Literal["fp32", "int8"]
-    devices: tuple[Literal["cpu", "cuda"], ...]
+    precision: Literal["fp32", "fp16", "int8"]
+    devices: tuple[Literal["cpu", "cuda", "tensorrt", "rtx"], ...]
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"variant name {self.name!r} is not of letters, digits, '.', '_', '-'")
         if not self.devices:
             raise ValueError(f"variant {self.name!r} names no device")
+
+
+class Profile(_Strict, frozen=True, kw_only=True):
+    """Shapes that an engine serves: 1 to ``max_batch`` rows of 1 to ``max_seq`` tokens.
+
+    Attributes:
+        max_batch: Most rows.
+        opt_batch: Rows that it is fastest at.
+        max_seq: Most tokens in a row.
+        opt_seq: Tokens that it is fastest at.
+    """
+
+    max_batch: int
+    opt_batch: int
+    max_seq: int
+    opt_seq: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.opt_batch <= self.max_batch <= _MOST_ROWS:
+            raise ValueError(f"a profile's rows must be 1 <= opt <= max <= {_MOST_ROWS}")
+        if not 1 <= self.opt_seq <= self.max_seq <= _MOST_TOKENS:
+            raise ValueError(f"a profile's tokens must be 1 <= opt <= max <= {_MOST_TOKENS}")
+
+
+class EngineEntry(_Strict, frozen=True, kw_only=True):
+    """An engine that was built ahead of time; a cache of a variant's model, never more.
+
+    Attributes:
+        path: Of the engine's file in the bundle.
+        variant: Whose model it was built from.
+        flavour: ``rtx``, as no other engine can be built without the GPU that runs it.
+        version: Of the TensorRT that built it, and that alone can load it.
+        platform: Operating system and processor, for instance ``linux-x86_64``.
+    """
+
+    path: str
+    variant: str
+    flavour: Literal["rtx"]
+    version: str
+    platform: str
 
 
 class FileEntry(_Strict, frozen=True, kw_only=True):
@@ -143,7 +189,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     """The whole of ``manifest.json``.
 
     Attributes:
-        format_version: ``FORMAT_VERSION``; read before anything else.
+        format_version: ``FORMAT_VERSION``, or an older one; read before anything else.
         name: What the recipe calls the model.
         task: What the model answers.
         tokenizer: Path of the ``tokenizers`` JSON file in the bundle.
@@ -152,6 +198,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         inputs: The model's inputs, each ``int64[batch, seq]``.
         outputs: The model's outputs; ``logits`` is ``float32[batch, labels]``.
         variants: In order of preference.
+        profiles: Shapes that engines are built for, by the lengths of the calibration texts.
+        engines: Engines that are in the bundle.
         files: Every file of the bundle but the manifest and its hash.
         provenance: Where the bundle comes from.
     """
@@ -165,6 +213,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     variants: tuple[Variant, ...]
+    profiles: tuple[Profile, ...] = ()
+    engines: tuple[EngineEntry, ...] = ()
     files: tuple[FileEntry, ...]
     provenance: Provenance
 
@@ -174,17 +224,32 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         paths = [entry.path for entry in self.files]
         if len(set(paths)) != len(paths):
             raise ValueError("a file is listed twice")
-        for needed in (self.tokenizer, *(variant.model for variant in self.variants)):
+        models = (variant.model for variant in self.variants)
+        engines = (engine.path for engine in self.engines)
+        for needed in (self.tokenizer, *models, *engines):
             if needed not in paths:
                 raise ValueError(f"{needed} is used but not listed under files")
         names = [variant.name for variant in self.variants]
         if not names or len(set(names)) != len(names):
             raise ValueError("variants must be at least one, with distinct names")
+        self._check_engines()
         if not 3 <= self.max_length <= _MOST_TOKENS:
             raise ValueError(f"max_length must be from 3 to {_MOST_TOKENS}")
         if not 0 <= self.pad_token_id < 2**31:
             raise ValueError("pad_token_id is no token id")
         self._check_tensors()
+
+    def _check_engines(self) -> None:
+        if self.format_version == 1 and (self.profiles or self.engines):
+            raise ValueError("a bundle of format_version 1 has neither profiles nor engines")
+        if self.profiles and max(profile.max_seq for profile in self.profiles) != self.max_length:
+            raise ValueError("the longest profile must be as long as max_length")
+        fitting = {v.name for v in self.variants if "rtx" in v.devices}
+        for engine in self.engines:
+            if engine.variant not in fitting:
+                raise ValueError(f"{engine.path} is of {engine.variant!r}, no variant for rtx")
+        if self.engines and not self.profiles:
+            raise ValueError("engines need profiles")
 
     def _check_tensors(self) -> None:
         inputs = [spec.name for spec in self.inputs]
@@ -237,10 +302,11 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
         version = msgspec.json.decode(data, type=Version).format_version
     except _UNREADABLE as exc:
         raise BundleError(f"{source}: manifest.json is not a bundle's manifest: {exc}") from exc
-    if version != FORMAT_VERSION:
+    if version not in _READABLE:
         raise BundleError(
-            f"{source}: format_version {version} is unknown; this edgebert reads version "
-            f"{FORMAT_VERSION}. Use the edgebert-runtime that belongs to the bundle."
+            f"{source}: format_version {version} is unknown; this edgebert reads "
+            f"{' and '.join(map(str, _READABLE))}. Use the edgebert-runtime that belongs to the "
+            "bundle."
         )
     try:
         json.loads(data, object_pairs_hook=_refuse_repeats)

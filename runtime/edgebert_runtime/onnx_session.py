@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from edgebert_runtime.device import import_onnxruntime
 from edgebert_runtime.errors import BundleError, DeviceError, InputError
 from edgebert_runtime.session import Inputs, Outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
 
 __all__ = ["OnnxSession"]
 
@@ -24,6 +29,10 @@ class OnnxSession:
         device: Where to run; the session never falls back to another device.
         intra_op_threads: Threads for one operator; ``None`` leaves it to ONNX Runtime (one per
             physical core).
+        weights: Values of the initializers that ``model`` declares as external data; they are
+            used as they are, and not copied.
+        simulated: Whether ``model`` holds Q/DQ for TensorRT, which is to be computed as it is
+            written, and not in a CPU's 8-bit kernels.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
@@ -37,6 +46,8 @@ class OnnxSession:
         *,
         device: Literal["cpu", "cuda"] = "cpu",
         intra_op_threads: int | None = None,
+        weights: Mapping[str, NDArray[Any]] | None = None,
+        simulated: bool = False,
     ) -> None:
         ort = import_onnxruntime()
         provider = _PROVIDERS[device]
@@ -51,8 +62,15 @@ class OnnxSession:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", os.devnull
         )
+        # Without VNNI, products of 8-bit numbers saturate at 16 bits on x86, unless asked not to:
+        # the answers would depend on the processor (docs/decisions/0016).
+        setting = "session.disable_quant_qdq" if simulated else "session.x64quantprecision"
+        options.add_session_config_entry(setting, "1")
         if intra_op_threads is not None:
             options.intra_op_num_threads = intra_op_threads
+        if weights:
+            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), values)
         try:
             session = ort.InferenceSession(model, options, providers=[provider])
         except Exception as exc:
@@ -65,6 +83,8 @@ class OnnxSession:
                 f"ONNX Runtime was asked for {provider} and loaded "
                 f"{', '.join(session.get_providers())}; check the driver and the CUDA libraries"
             )
+        # Some models take INT32, which TensorRT prefers; above the seam ids are INT64 always.
+        self._narrow = {s.name for s in session.get_inputs() if s.type == "tensor(int32)"}
         self._ranks = {spec.name: len(spec.shape) for spec in session.get_inputs()}
         self._outputs = [spec.name for spec in session.get_outputs()]
         self._session: Any = session
@@ -81,7 +101,13 @@ class OnnxSession:
             raise DeviceError("the session is closed")
         check_inputs(inputs, self._ranks)
         try:
-            outputs = session.run(self._outputs, dict(inputs))
+            outputs = session.run(
+                self._outputs,
+                {
+                    name: array.astype(np.int32) if name in self._narrow else array
+                    for name, array in inputs.items()
+                },
+            )
         except Exception as exc:
             raise DeviceError(f"ONNX Runtime failed on a batch: {exc}") from exc
         return dict(zip(self._outputs, outputs, strict=True))

@@ -34,6 +34,34 @@ def tasks(tiny_classifiers: dict[str, Checkpoint]) -> dict[str, Task]:
     return found
 
 
+@pytest.fixture(scope="session")
+def random_distilbert(
+    tiny_classifiers: dict[str, Checkpoint], tasks: dict[str, Task]
+) -> Callable[..., Any]:
+    """Returns a function that makes a tiny DistilBERT for single texts, with random weights."""
+
+    def make(initializer_range: float = 0.5) -> Any:
+        import torch
+        from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+        labels = tasks["single"].labels
+        torch.manual_seed(1)
+        config = DistilBertConfig(
+            vocab_size=tiny_classifiers["single"].architecture.vocab_size,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=64,
+            max_position_embeddings=128,
+            initializer_range=initializer_range,
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+        )
+        return DistilBertForSequenceClassification(config).eval()
+
+    return make
+
+
 @pytest.fixture
 def edited(tmp_path: Path, tiny_classifiers: dict[str, Checkpoint]) -> Callable[..., Path]:
     """Copies a checkpoint and changes its configuration or its weights.

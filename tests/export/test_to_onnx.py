@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import numpy_helper
 
 from edgebert_export.checkpoint import (
@@ -33,26 +32,11 @@ NAMES = ["single", "multi", "pairs"]
 def distilbert(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_classifiers: dict[str, Checkpoint],
-    tasks: dict[str, Task],
+    random_distilbert: Callable[..., Any],
 ) -> Checkpoint:
     """A tiny DistilBERT for the task on single texts."""
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-    torch.manual_seed(1)
     tokenizer = load_tokenizer(tiny_classifiers["single"])
-    labels = tasks["single"].labels
-    config = DistilBertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        dim=32,
-        n_layers=2,
-        n_heads=4,
-        hidden_dim=64,
-        max_position_embeddings=128,
-        initializer_range=0.5,
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-    )
-    model = DistilBertForSequenceClassification(config).eval()
+    model = random_distilbert()
     return save_checkpoint(model, tokenizer, tmp_path_factory.mktemp("distilbert"))
 
 

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from edgebert_export.checkpoint import Checkpoint, checkpoint_encoder
-from edgebert_export.quantise import QuantiseConfig, quantise_cpu
+from edgebert_export.dataset import Dataset
+from edgebert_export.fidelity import Budget, Judge
+from edgebert_export.quantise import QuantiseConfig
+from edgebert_export.quantise_cpu import quantise_cpu
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_export.write_bundle import VariantSource, write_bundle
 from edgebert_runtime.bundle import Bundle
@@ -31,9 +34,21 @@ PROVENANCE = Provenance(
 
 
 @pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory, onnx_models: dict[str, OnnxModel]) -> OnnxModel:
+def int8(
+    tmp_path_factory: pytest.TempPathFactory,
+    onnx_models: dict[str, OnnxModel],
+    tiny_classifiers: dict[str, Checkpoint],
+    tasks: dict[str, Task],
+    datasets: dict[str, Dataset],
+) -> OnnxModel:
     out = tmp_path_factory.mktemp("int8") / "model.onnx"
-    return quantise_cpu(onnx_models["single"], QuantiseConfig(), out)
+    encoder = checkpoint_encoder(tiny_classifiers["single"], max_length=64, text_pair=False)
+    fp32 = onnx_models["single"]
+    rows = datasets["single"].validation
+    judge = Judge(fp32.path.read_bytes(), tasks["single"], encoder, rows)
+    lenient = QuantiseConfig(budget=Budget(max_accuracy_drop=1.0, max_flip_rate=1.0))
+    assert quantise_cpu(fp32, judge, lenient, out).fits
+    return OnnxModel(out, "int8")
 
 
 @pytest.fixture

@@ -72,10 +72,10 @@ def test_the_full_wheel_holds_export_and_pipeline_and_not_the_runtime(
     assert contents(wheels["edgebert"]) == expected
 
 
-def test_the_runtime_needs_five_small_packages(wheels: dict[str, Path]) -> None:
+def test_the_runtime_needs_six_small_packages(wheels: dict[str, Path]) -> None:
     requirements = metadata_of(wheels["edgebert_runtime"]).get_all("Requires-Dist") or []
     plain = {re.split(r"[^\w.-]", r)[0] for r in requirements if "extra ==" not in r}
-    assert plain == {"click", "msgspec", "numpy", "platformdirs", "tokenizers"}
+    assert plain == {"click", "filelock", "msgspec", "numpy", "platformdirs", "tokenizers"}
 
 
 def test_the_full_distribution_pins_the_runtime_of_the_same_version(
@@ -85,7 +85,7 @@ def test_the_full_distribution_pins_the_runtime_of_the_same_version(
     assert full["Version"] == runtime["Version"]
     requirements = full.get_all("Requires-Dist") or []
     assert f"edgebert-runtime=={runtime['Version']}" in requirements
-    for extra in ("cpu", "gpu"):
+    for extra in ("cpu", "gpu", "rtx"):
         wanted = f"edgebert-runtime[{extra}]=={runtime['Version']}; extra == '{extra}'"
         assert wanted in [r.replace('"', "'") for r in requirements]
 
@@ -190,6 +190,7 @@ def test_every_dependency_is_locked() -> None:
         wanted = [
             *config["project"]["dependencies"],
             *config["project"]["optional-dependencies"]["cpu"],
+            *config["project"]["optional-dependencies"]["rtx"],
             *config.get("dependency-groups", {}).get("dev", []),
         ]
         for requirement in wanted:

@@ -67,8 +67,16 @@ parity_texts = 40
 [evaluate]
 latency_texts = 10
 latency_repeats = 1
+[quantise.budget]
+max_accuracy_drop = 1.0  # a tiny model is unsure of everything
+max_flip_rate = 1.0
 {extra}
 """
+        # Some seconds each, of no use to most tests:
+        if "[engine]" not in extra:
+            text += '[engine]\nrtx = "never"\n'
+        if "[quantise]" not in extra:
+            text += '[quantise]\ncalibrator = "mse"\nsmoothing = "never"\n'
         for old, new in replace.items():
             assert old in text
             text = text.replace(old, new)

@@ -30,6 +30,7 @@ from edgebert_runtime.bundle import Bundle
 ROOT = Path(__file__).parent.parent.parent
 CALIBRATION = ROOT / "calibration_data"
 DISTILL = "[distill]\nepochs = 2\nbatch_size = 16\ntrial_steps = 2\nlearning_rate = 1e-3\n"
+VARIANTS = ("int8-cpu", "int8-gpu", "fp16-gpu", "fp32")
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +63,7 @@ def test_the_student_is_shipped_and_its_teacher_reported_beside_it(
     report = export(distilling(task), out, ablate=task == "single")
     assert report is not None
     others = ["hard-label"] * (task == "single")
-    names = [f"{m} {v}" for m in ("student", "teacher", *others) for v in ("int8-cpu", "fp32")]
+    names = [f"{m} {v}" for m in ("student", "teacher", *others) for v in VARIANTS]
     assert [v.full_name for v in report.evaluation.variants] == names
     assert list(report.models) == ["student", "teacher", *others]
     student, teacher = report.models["student"], report.models["teacher"]
@@ -73,7 +74,7 @@ def test_the_student_is_shipped_and_its_teacher_reported_beside_it(
     bundle = Bundle.open(out / "bundle")
     assert bundle.digest == report.bundle_digest
     assert [spec.name for spec in bundle.manifest.inputs] == ["input_ids", "attention_mask"]
-    assert [variant.name for variant in bundle.manifest.variants] == ["int8-cpu", "fp32"]
+    assert tuple(variant.name for variant in bundle.manifest.variants) == VARIANTS
     with Classifier.load(out / "bundle") as classifier:
         assert classifier.choice is not None
         assert classifier.choice.variant.name == "int8-cpu"

@@ -40,7 +40,9 @@ def variant(name: str, correct: int, flips: int, **more: Any) -> VariantScores:
     )
     values = {
         "precision": "int8",
-        "device": "cpu",
+        "devices": ("cpu",),
+        "flip_rate_low": 0.0,
+        "flip_rate_high": 1.0,
         "size_bytes": 20_000_000,
         "accuracy": correct / 1000,
         "accuracy_low": 0.0,
@@ -100,6 +102,19 @@ def test_the_reference_is_held_to_accuracy_alone() -> None:
     assert [c.passed for c in checks if c.variant == "fp32"] == [False]
     alone = apply_gate(evaluation(REFERENCE), limits)
     assert {c.limit for c in alone if not c.passed} == {"min_accuracy", "max_p99_ms", "max_size_mb"}
+
+
+def test_what_is_for_a_gpu_is_not_held_to_limits_on_what_a_cpu_loads() -> None:
+    gpu = variant("fp16-gpu", 900, 0, size_bytes=500_000_000, timing=None, devices=("tensorrt",))
+    limits = GateConfig(max_p99_ms=5.0, max_size_mb=50.0, max_flip_rate=0.0)
+    found = apply_gate(evaluation(gpu, REFERENCE), limits)
+    checks = {(check.variant, check.limit): check.passed for check in found}
+    assert checks == {
+        ("fp16-gpu", "max_flip_rate"): True,
+        ("fp32", "max_flip_rate"): True,  # what a CPU loads is FP32 now, so FP32 is judged
+        ("fp32", "max_size_mb"): False,
+        ("fp32", "max_p99_ms"): False,
+    }
 
 
 def test_no_limit_means_no_check() -> None:
@@ -247,7 +262,7 @@ def test_truncated_rows_are_counted(tiny_bundles) -> None:
 def test_the_table_reads_well_on_a_terminal() -> None:
     table = render_table(evaluation(variant("int8-cpu", 895, 31), REFERENCE))
     assert len({len(line) for line in table.splitlines()}) == 1
-    assert "31 (3.10%)" in table
+    assert "31 (3.10%, 0.00%-100.00%)" in table
     assert "reference" in table
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +89,33 @@ def add_variant(edit_manifest: Callable[..., None]) -> Callable[..., None]:
         edit_manifest(bundle, change)
 
     return add
+
+
+@pytest.fixture
+def rtx_bundle(copy_bundle, add_variant, edit_manifest) -> Path:
+    """A bundle with a variant that TensorRT-RTX takes, in FP32, and shapes for its engine."""
+    path: Path = copy_bundle(to="rtx-bundle")
+    add_variant(path, "fp32-gpu", ("rtx",))
+    profile = {"max_batch": 4, "opt_batch": 4, "max_seq": 64, "opt_seq": 16}
+    edit_manifest(path, lambda manifest: manifest.update(profiles=[profile], format_version=2))
+    return path
+
+
+@pytest.fixture(scope="session")
+def runtime_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``edgebert-rt``; keyword arguments are added to the environment."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", "from edgebert_runtime.cli import main; main()"]
+            + [str(argument) for argument in arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, **environment},
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

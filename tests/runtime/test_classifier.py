@@ -481,7 +481,7 @@ def test_auto_takes_the_cpu_here_and_says_why(tiny_bundles: dict[str, Path], nam
         assert classifier.choice is not None
         assert classifier.choice.device == "cpu"
         assert classifier.choice.variant.name == "fp32"
-        (reason,) = classifier.choice.passed_over
+        *_, reason = classifier.choice.passed_over
         assert reason.startswith("cuda: ") and "CUDAExecutionProvider" in reason
 
 
@@ -494,8 +494,13 @@ def test_a_named_device_is_never_replaced(tiny_bundles: dict[str, Path]) -> None
 @pytest.fixture
 def broken_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that seems to offer CUDA, where a session on it cannot start."""
-    facts = DeviceFacts("x86_64", 2, ("onnxruntime-gpu 1.0",), ("CUDAExecutionProvider",))
-    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda: facts)
+    facts = DeviceFacts(
+        machine="x86_64",
+        cpu_count=2,
+        onnxruntime=("onnxruntime-gpu 1.0",),
+        providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
+    )
+    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda device: facts)
 
 
 @pytest.mark.usefixtures("broken_cuda")

@@ -368,8 +368,9 @@ def test_fail_fast_ends_with_2_when_the_first_bundle_is_bad(start, tmp_path, old
     if fault == "damaged":
         damage(place)
     elif fault == "unknown version":
-        text = (place / MANIFEST).read_bytes().replace(b'version": 1', b'version": 99', 1)
-        write_manifest(place, text)
+        manifest = json.loads((place / MANIFEST).read_bytes())
+        manifest["format_version"] = 99
+        write_manifest(place, json.dumps(manifest).encode())
     app = start(place, "--fail-fast")
     assert app.wait() == 2
     assert len(app.log) == 1 and "Traceback" not in app.log[0]

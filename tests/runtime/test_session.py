@@ -17,9 +17,14 @@ from hypothesis import strategies as st
 
 from edgebert_runtime import BundleError, DeviceError, InputError
 from edgebert_runtime.bundle import Bundle
+from edgebert_runtime.cuda import Cuda
+from edgebert_runtime.manifest import Profile
 from edgebert_runtime.onnx_session import OnnxSession
 from edgebert_runtime.session import Session
-from edgebert_runtime.testing import FakeSession
+from edgebert_runtime.tensorrt_api import Flavour
+from edgebert_runtime.tensorrt_build import build_engine
+from edgebert_runtime.tensorrt_session import TensorRTSession
+from edgebert_runtime.testing import FakeDriver, FakeSession, FakeTensorRT
 
 LABELS = 2
 VOCABULARY = 500  # fewer than the tiny model has
@@ -48,12 +53,31 @@ def model_bytes(tiny_bundles: dict[str, Path]) -> bytes:
     return bundle.read(bundle.manifest.variants[0].model)
 
 
-@pytest.fixture(params=["onnx", "fake"])
+PROFILES = (
+    Profile(max_batch=1, opt_batch=1, max_seq=32, opt_seq=16),
+    Profile(max_batch=16, opt_batch=16, max_seq=32, opt_seq=16),
+    Profile(max_batch=8, opt_batch=8, max_seq=64, opt_seq=64),
+)
+
+
+def on_tensorrt(model: bytes, flavour: Flavour, **options: Any) -> TensorRTSession:
+    """A session over TensorRT, on a GPU that is not there."""
+    driver = FakeDriver()
+    trt = FakeTensorRT(driver, flavour)
+    engine = build_engine(trt, flavour, model, PROFILES).engine
+    return TensorRTSession(trt, flavour, engine, PROFILES, Cuda(driver), **options)
+
+
+@pytest.fixture(params=["onnx", "fake", "tensorrt", "tensorrt, no graphs", "rtx"])
 def make_session(request: pytest.FixtureRequest, model_bytes: bytes) -> Callable[[], Session]:
     """Makes a session; the contract is the same for each kind."""
-    if request.param == "onnx":
-        return lambda: OnnxSession(model_bytes, intra_op_threads=1)
-    return lambda: FakeSession(labels=LABELS)
+    return {
+        "onnx": lambda: OnnxSession(model_bytes, intra_op_threads=1),
+        "fake": lambda: FakeSession(labels=LABELS),
+        "tensorrt": lambda: on_tensorrt(model_bytes, "tensorrt"),
+        "tensorrt, no graphs": lambda: on_tensorrt(model_bytes, "tensorrt", use_graphs=False),
+        "rtx": lambda: on_tensorrt(model_bytes, "rtx"),
+    }[request.param]
 
 
 @pytest.fixture
@@ -281,11 +305,12 @@ _REPORT = """
 from edgebert_runtime import Classifier, MissingExtraError
 from edgebert_runtime.onnx_session import OnnxSession
 from edgebert_runtime.device import gather_facts
-for call in (lambda: OnnxSession(b""), gather_facts, lambda: Classifier.load({bundle!r})):
+for call in (lambda: OnnxSession(b""), lambda: Classifier.load({bundle!r})):
     try:
         call()
     except MissingExtraError as error:
         print(error)
+print(gather_facts().onnxruntime_fault)
 """
 
 

@@ -1,9 +1,4 @@
-"""A session without a model, for testing what stands on one.
-
-It ships with the package so that an application can test its own code without a bundle::
-
-    clf = Classifier(FakeSession(labels=2), encoder, task)
-"""
+"""A session without a model, for testing what stands on one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,100 @@
+"""Quantises an ONNX model for ONNX Runtime's CPU kernels: FP32 OnnxModel in, INT8 OnnxModel out."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgebert_export.closed_loop import Fit, fit
+from edgebert_export.fidelity import Judge
+from edgebert_export.graph import find_products, open_graph, write_graph
+from edgebert_export.quantise import ProductKind, QuantiseConfig, included
+from edgebert_export.to_onnx import OnnxModel
+
+__all__ = ["quantise_cpu"]
+
+
+def quantise_cpu(
+    model: OnnxModel,
+    judge: Judge,
+    config: QuantiseConfig,
+    out: Path,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> Fit:
+    """Writes ``model`` with linear layers (and embeddings) in 8 bits for a CPU.
+
+    Linear layers: signed, symmetric, one scale per output channel, which changes far fewer
+    predictions than one per tensor (docs/decisions/0005). Embedding tables: unsigned, one scale
+    per table, which is all that ONNX Runtime's quantiser makes of a ``Gather``. Products of two
+    activations, inside attention, stay in FP32. Layers go back to FP32 until the budget fits.
+
+    Args:
+        model: In FP32.
+        judge: Of ``model``, by validation rows.
+        config: What to quantise, and the budget.
+        out: The file to write; it is not written if nothing fits the budget.
+        say: Called with what was found and decided.
+
+    Raises:
+        ModelError: ``model`` has no linear layer, or is quantised already.
+    """
+    kinds: tuple[ProductKind, ...] = ("linear", "embedding") if config.embeddings else ("linear",)
+    graph = open_graph(model.path)
+    products = included(find_products(graph), kinds, config.exclude)
+    nodes = {product.name: product.node for product in products}
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "fp32.onnx"
+        write_graph(graph, source)  # the graph in which these are the names
+
+        def build(names: frozenset[str]) -> bytes:
+            return _dynamic(source, [nodes[name] for name in nodes if name in names])
+
+        found = fit(
+            list(nodes),
+            build,
+            judge,
+            config.budget,
+            sensitivity=config.sensitivity,
+            say=lambda line: say(f"int8-cpu: {line}"),
+        )
+        if found.fits:
+            out.write_bytes(build(frozenset(found.quantised)))
+        else:
+            say("int8-cpu: none of the sets of layers that were tried fits the budget")
+    return found
+
+
+def _dynamic(path: Path, nodes: Sequence[str]) -> bytes:
+    """Quantises the weights of ``nodes`` with ONNX Runtime."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    assert nodes  # of no nodes, ONNX Runtime makes all
+    with tempfile.TemporaryDirectory() as directory, _quiet():
+        out = Path(directory) / "int8.onnx"
+        quantize_dynamic(
+            path,
+            out,
+            op_types_to_quantize=["MatMul", "Gather"],
+            nodes_to_quantize=list(nodes),
+            per_channel=True,
+            reduce_range=False,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return out.read_bytes()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps ONNX Runtime from recommending its own pre-processing on the root logger."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

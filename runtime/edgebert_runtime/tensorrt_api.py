@@ -1,0 +1,290 @@
+"""The part of TensorRT's Python API that edgebert uses, as protocols, and how it is imported.
+
+``tensorrt`` 10.x and 11.x and ``tensorrt_rtx`` have nearly the same API, so what uses it takes
+the module as an argument. What is written here is all that edgebert calls: the type checker holds
+each library's own types against it (``make types``), a test holds the real module against it, and
+the fake in ``edgebert_runtime.testing`` implements it.
+
+Objects of the library that go back into it are ``Any``: only the library can tell whether they
+are of its own classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, cast
+
+from edgebert_runtime.errors import DeviceError, MissingExtraError
+
+__all__ = ["FLAVOURS", "Flavour", "TensorRT", "TensorRTForRTX", "import_tensorrt", "is_installed"]
+
+Flavour: TypeAlias = Literal["tensorrt", "rtx"]
+FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "rtx")
+_MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+_INSTALL: dict[Flavour, str] = {
+    "tensorrt": "it comes with JetPack, or from NVIDIA's package index",
+    "rtx": "install it with: pip install 'edgebert-runtime[rtx]'",
+}
+
+
+class Dims(Protocol):
+    """``Dims``: a shape."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> int: ...
+
+
+class HostMemory(Protocol):
+    """``IHostMemory``: bytes that the library holds; readable as a buffer."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class NetworkTensor(Protocol):
+    """``ITensor``."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> Dims: ...
+
+
+class Network(Protocol):
+    """``INetworkDefinition``."""
+
+    @property
+    def num_inputs(self) -> int: ...
+    def get_input(self, index: int, /) -> NetworkTensor: ...
+
+
+class ParserError(Protocol):
+    """``IParserError``."""
+
+    def desc(self) -> str: ...
+    def node_name(self) -> str: ...
+    def node_operator(self) -> str: ...
+
+
+class OnnxParser(Protocol):
+    """``OnnxParser``."""
+
+    @property
+    def num_errors(self) -> int: ...
+    def get_error(self, index: int, /) -> ParserError: ...
+    def parse(self, model: Any, /) -> bool: ...
+
+
+class OptimizationProfile(Protocol):
+    """``IOptimizationProfile``."""
+
+    # Positional: min and max would hide the built-in functions.
+    def set_shape(self, input: str, min: Any, opt: Any, max: Any, /) -> None: ...  # noqa: A002
+
+
+class TimingCache(Protocol):
+    """``ITimingCache``."""
+
+    def serialize(self) -> HostMemory: ...
+
+
+class BuilderConfig(Protocol):
+    """``IBuilderConfig``."""
+
+    progress_monitor: Any
+    hardware_compatibility_level: Any
+
+    def add_optimization_profile(self, profile: Any, /) -> int: ...
+    def create_timing_cache(self, serialized_timing_cache: Any, /) -> TimingCache: ...
+    def get_timing_cache(self) -> TimingCache: ...
+    def set_flag(self, flag: Any, /) -> None: ...
+    def set_memory_pool_limit(self, pool: Any, pool_size: int, /) -> None: ...
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool, /) -> bool: ...
+
+
+class Builder(Protocol):
+    """``Builder``."""
+
+    def create_network(self, flags: int, /) -> Network: ...
+    def create_builder_config(self) -> BuilderConfig: ...
+    def create_optimization_profile(self) -> OptimizationProfile: ...
+    def build_serialized_network(self, network: Any, config: Any, /) -> HostMemory: ...
+
+
+class ExecutionContext(Protocol):
+    """``IExecutionContext``."""
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int, /) -> bool: ...
+    def set_device_memory(self, memory: int, size: int, /) -> None: ...
+    def set_input_shape(self, name: str, shape: tuple[int, int], /) -> bool: ...
+    def set_tensor_address(self, name: str, memory: int, /) -> bool: ...
+    def execute_async_v3(self, stream_handle: int, /) -> bool: ...
+
+
+class Engine(Protocol):
+    """``ICudaEngine``."""
+
+    @property
+    def num_io_tensors(self) -> int: ...
+    @property
+    def num_optimization_profiles(self) -> int: ...
+    def get_tensor_name(self, index: int, /) -> str: ...
+    def get_tensor_mode(self, name: str, /) -> Any: ...
+    def get_tensor_dtype(self, name: str, /) -> Any: ...
+    def get_tensor_shape(self, name: str, /) -> Dims: ...
+    def get_tensor_profile_shape(self, name: str, profile_index: int, /) -> Sequence[Dims]: ...
+    def get_device_memory_size_for_profile_v2(self, profile_index: int, /) -> int: ...
+    def create_execution_context(self, strategy: Any, /) -> ExecutionContext: ...
+
+
+class Runtime(Protocol):
+    """``Runtime``."""
+
+    def deserialize_cuda_engine(self, serialized_engine: Any, /) -> Engine: ...
+
+
+class Enumeration(Protocol):
+    """An enumeration, or rather its class; members are looked up by name."""
+
+    @property
+    def __members__(self) -> Any: ...
+
+
+class StrategyEnumeration(Protocol):
+    """``ExecutionContextAllocationStrategy``."""
+
+    @property
+    def USER_MANAGED(self) -> Any: ...
+
+
+class HardwareCompatibilityEnumeration(Protocol):
+    """``HardwareCompatibilityLevel``."""
+
+    @property
+    def AMPERE_PLUS(self) -> Any: ...
+
+
+class BuilderFlagEnumeration(Protocol):
+    """``BuilderFlag``."""
+
+    @property
+    def VERSION_COMPATIBLE(self) -> Any: ...
+
+
+class MemoryPoolEnumeration(Protocol):
+    """``MemoryPoolType``."""
+
+    @property
+    def WORKSPACE(self) -> Any: ...
+
+
+class TensorModeEnumeration(Protocol):
+    """``TensorIOMode``."""
+
+    @property
+    def INPUT(self) -> Any: ...
+
+
+class SeverityEnumeration(Protocol):
+    """``ILogger.Severity``, whose members are ``ILogger``'s, too."""
+
+    @property
+    def ERROR(self) -> Any: ...
+    @property
+    def INFO(self) -> Any: ...
+    @property
+    def INTERNAL_ERROR(self) -> Any: ...
+    @property
+    def WARNING(self) -> Any: ...
+
+
+class TensorRT(Protocol):
+    """The module ``tensorrt`` or ``tensorrt_rtx``."""
+
+    @property
+    def ILogger(self) -> SeverityEnumeration: ...
+    @property
+    def IProgressMonitor(self) -> type[Any]: ...
+    @property
+    def Dims(self) -> Callable[[list[int]], Any]: ...
+    @property
+    def Builder(self) -> Callable[[Any], Builder]: ...
+    @property
+    def OnnxParser(self) -> Callable[[Any, Any], OnnxParser]: ...
+    @property
+    def Runtime(self) -> Callable[[Any], Runtime]: ...
+    @property
+    def BuilderFlag(self) -> BuilderFlagEnumeration: ...
+    @property
+    def NetworkDefinitionCreationFlag(self) -> Enumeration: ...
+    @property
+    def MemoryPoolType(self) -> MemoryPoolEnumeration: ...
+    @property
+    def TensorIOMode(self) -> TensorModeEnumeration: ...
+    @property
+    def HardwareCompatibilityLevel(self) -> HardwareCompatibilityEnumeration: ...
+    @property
+    def ExecutionContextAllocationStrategy(self) -> StrategyEnumeration: ...
+
+
+class RuntimeCache(Protocol):
+    """``IRuntimeCache``: kernels that TensorRT for RTX compiled on this device."""
+
+    def deserialize(self, blob: Any, /) -> bool: ...
+    def serialize(self) -> HostMemory: ...
+
+
+class RuntimeConfig(Protocol):
+    """``IRuntimeConfig`` of TensorRT for RTX."""
+
+    cuda_graph_strategy: Any
+
+    def create_runtime_cache(self) -> RuntimeCache: ...
+    def set_runtime_cache(self, cache: Any, /) -> bool: ...
+    def set_execution_context_allocation_strategy(self, strategy: Any, /) -> None: ...
+
+
+class RtxEngine(Engine, Protocol):
+    """``ICudaEngine`` of TensorRT for RTX."""
+
+    def create_runtime_config(self) -> RuntimeConfig: ...
+
+
+class GraphStrategyEnumeration(Protocol):
+    """``CudaGraphStrategy``."""
+
+    @property
+    def DISABLED(self) -> Any: ...
+    @property
+    def WHOLE_GRAPH_CAPTURE(self) -> Any: ...
+
+
+class TensorRTForRTX(TensorRT, Protocol):
+    """What ``tensorrt_rtx`` has besides."""
+
+    @property
+    def CudaGraphStrategy(self) -> GraphStrategyEnumeration: ...
+
+
+def is_installed(flavour: Flavour) -> bool:
+    """Whether a flavour of TensorRT can be imported; imports nothing."""
+    spec = importlib.util.find_spec(_MODULES[flavour])
+    return spec is not None and spec.origin is not None
+
+
+def import_tensorrt(flavour: Flavour) -> TensorRT:
+    """Imports a flavour of TensorRT.
+
+    Raises:
+        MissingExtraError: It is not installed.
+        DeviceError: It is installed, and cannot be loaded.
+    """
+    name = _MODULES[flavour]
+    if not is_installed(flavour):
+        raise MissingExtraError(f"{name} is not installed: {_INSTALL[flavour]}")
+    try:
+        return cast("TensorRT", importlib.import_module(name))
+    except (ImportError, OSError) as exc:
+        raise DeviceError(f"{name} is installed and cannot be loaded: {exc}") from exc

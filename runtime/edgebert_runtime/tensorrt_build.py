@@ -1,0 +1,197 @@
+"""Builds an engine from an ONNX model, with the TensorRT that is given.
+
+The model says in which precision each of its tensors is, and the engine keeps to it: networks are
+strongly typed. RTX engines need no GPU to be built; all others are built on the GPU that runs them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import msgspec
+
+from edgebert_runtime.errors import BundleError, DeviceError
+from edgebert_runtime.manifest import Profile
+from edgebert_runtime.tensorrt_api import Flavour, Network, TensorRT
+
+__all__ = ["BuildOptions", "Built", "build_engine", "make_logger", "needed_memory_bytes"]
+
+_MIB = 2**20
+_SAID = 5
+"""How many of the library's last errors a message repeats."""
+
+
+class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an engine is built; part of what names it in the cache.
+
+    Attributes:
+        workspace_mib: Most memory that one of its kernels may use for itself.
+        version_compatible: Whether later TensorRT releases of the same major version can load
+            it; slower and larger.
+        hardware_compatible: Whether it runs on all GPUs from Ampere (compute capability 8.0) on,
+            instead of the one kind it was built on; slower. Not on Jetson.
+    """
+
+    workspace_mib: int = 512
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+
+class Built(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build gave.
+
+    Attributes:
+        engine: The serialised engine.
+        timing_cache: What the next build on this device need not measure again; ``None`` if the
+            flavour measures nothing.
+        seconds: Of parsing and building.
+    """
+
+    engine: bytes
+    timing_cache: bytes | None
+    seconds: float
+
+
+def needed_memory_bytes(model_bytes: int, options: BuildOptions) -> int:
+    """Returns how much memory must be free to build an engine from a model of this size.
+
+    The builder holds the model, the network made of it, kernels' weights in the layout it tries,
+    and the engine, so about four times the model; and the workspace. ``benchmarks/engine_cost.py``
+    measures it for TensorRT for RTX.
+    """
+    return 4 * model_bytes + options.workspace_mib * _MIB + 256 * _MIB
+
+
+def build_engine(
+    trt: TensorRT,
+    flavour: Flavour,
+    model: bytes,
+    profiles: Sequence[Profile],
+    options: BuildOptions | None = None,
+    *,
+    timing_cache: bytes | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Built:
+    """Builds an engine.
+
+    Args:
+        trt: The module ``tensorrt`` or ``tensorrt_rtx``.
+        flavour: Which of the two it is.
+        model: An ONNX model in which every tensor has the type that it is to be computed in.
+        profiles: Shapes that the engine must serve.
+        options: How to build it.
+        timing_cache: Of an earlier build on the same device.
+        log: Called with each line that TensorRT logs.
+        on_progress: Called with steps done and steps known so far.
+
+    Raises:
+        BundleError: TensorRT does not take the model.
+        DeviceError: There is no GPU where one is needed, or the build failed.
+    """
+    start = time.monotonic()
+    options = options or BuildOptions()
+    errors: list[str] = []
+    logger = make_logger(trt, log, errors)
+    try:
+        builder = trt.Builder(logger)
+    except Exception as exc:  # what pybind11 makes of a null pointer
+        raise DeviceError(_failed("TensorRT cannot start a builder here", errors, exc)) from exc
+    # In TensorRT 11 there are no others, and the flag may go.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model):
+        found = [parser.get_error(index) for index in range(parser.num_errors)]
+        said = [f"{e.desc()} (node {e.node_name()}, {e.node_operator()})" for e in found]
+        raise BundleError(f"TensorRT does not take the model: {'; '.join(said[:_SAID])}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
+    for profile in profiles:
+        config.add_optimization_profile(_profile(trt, builder, network, profile))
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    times_kernels = flavour == "tensorrt"  # for RTX, a timing cache would ask for a GPU
+    if times_kernels:
+        known = config.create_timing_cache(timing_cache or b"")
+        if not config.set_timing_cache(known, False):  # it is of another device
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+    monitor = _make_monitor(trt, on_progress)
+    config.progress_monitor = monitor
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise DeviceError(_failed("TensorRT could not build the engine", errors))
+    measured = bytes(cast("Any", config.get_timing_cache().serialize())) if times_kernels else None
+    return Built(
+        engine=bytes(cast("Any", engine)),
+        timing_cache=measured,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _profile(trt: TensorRT, builder: Any, network: Network, profile: Profile) -> Any:
+    """Makes an optimisation profile: the same shapes for every input."""
+    made = builder.create_optimization_profile()
+    shapes = (
+        [1, 1],
+        [profile.opt_batch, profile.opt_seq],
+        [profile.max_batch, profile.max_seq],
+    )
+    for index in range(network.num_inputs):
+        made.set_shape(network.get_input(index).name, *(trt.Dims(shape) for shape in shapes))
+    return made
+
+
+def make_logger(trt: TensorRT, log: Callable[[str], None], errors: list[str]) -> Any:
+    """Makes a logger for TensorRT that passes on its lines and collects its errors."""
+    levels = trt.ILogger
+    wrong = (levels.INTERNAL_ERROR, levels.ERROR)
+    names = {**dict.fromkeys(wrong, "error"), levels.WARNING: "warning", levels.INFO: "info"}
+    base: Any = levels
+
+    class Logger(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            line = " ".join(str(msg).split())
+            if severity in wrong:
+                errors.append(line)
+            if severity in names:  # and not what is for TensorRT's own developers
+                log(f"{names[severity]}: {line}")
+
+    return Logger()
+
+
+def _make_monitor(trt: TensorRT, on_progress: Callable[[int, int], None]) -> Any:
+    """Makes a progress monitor: steps done of all phases, of the steps known so far."""
+    base: Any = trt.IProgressMonitor
+    done: dict[str, int] = {}
+    total: dict[str, int] = {}
+
+    class Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            total[phase_name], done[phase_name] = num_steps, 0
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            done[phase_name] = min(step + 1, total.get(phase_name, 0))
+            on_progress(sum(done.values()), sum(total.values()))
+            return True  # go on
+
+        def phase_finish(self, phase_name: str) -> None:
+            done[phase_name] = total.get(phase_name, 0)
+            on_progress(sum(done.values()), sum(total.values()))
+
+    return Monitor()
+
+
+def _failed(what: str, errors: Sequence[str], exc: Exception | None = None) -> str:
+    said = "; ".join(errors[-_SAID:]) or (str(exc) if exc else "it does not say why")
+    return f"{what}: {said}"

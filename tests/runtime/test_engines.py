@@ -1,0 +1,471 @@
+"""Engines on a machine: built once, found again, refused when they are not what was written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+import pytest
+
+from edgebert_runtime import BundleError, Classifier, DeviceError
+from edgebert_runtime.bundle import Bundle
+from edgebert_runtime.device import choose
+from edgebert_runtime.engine import EngineKey, bundled_keys, difference, wanted_key
+from edgebert_runtime.engine_cache import EngineCache
+from edgebert_runtime.engines import (
+    available_engines,
+    build_engines,
+    fastest,
+    measure_engines,
+    open_engine,
+    preferred_variants,
+    remember_preference,
+)
+from edgebert_runtime.facts import DeviceFacts, GpuFacts, Jetson, TensorRTFacts
+from edgebert_runtime.manifest import Profile
+from edgebert_runtime.tensorrt_build import BuildOptions
+from edgebert_runtime.testing import FakeDriver, FakeTensorRT
+
+PROFILES = [
+    {"max_batch": 1, "opt_batch": 1, "max_seq": 32, "opt_seq": 16},
+    {"max_batch": 8, "opt_batch": 8, "max_seq": 32, "opt_seq": 16},
+    {"max_batch": 8, "opt_batch": 8, "max_seq": 64, "opt_seq": 64},
+]
+ORIN = DeviceFacts(
+    machine="aarch64",
+    cpu_count=6,
+    memory_bytes=8 * 2**30,
+    onnxruntime=("onnxruntime 1.20.0",),
+    providers=("CPUExecutionProvider",),
+    gpu=GpuFacts(
+        name="Orin",
+        compute_capability=(8, 7),
+        integrated=True,
+        cuda=(12, 6),
+        free_bytes=4 * 2**30,
+        total_bytes=8 * 2**30,
+    ),
+    tensorrt={"tensorrt": TensorRTFacts(version="10.3.0.30")},
+    jetson=Jetson(release="36.4.3", jetpack="6", power_mode="15W"),
+)
+
+
+@pytest.fixture
+def bundle(
+    copy_bundle: Callable[..., Path],
+    add_variant: Callable[..., None],
+    edit_manifest: Callable[..., None],
+    replace_file: Callable[..., None],
+) -> Bundle:
+    """A bundle with two variants for TensorRT, and shapes to build engines for."""
+    path = copy_bundle()
+    add_variant(path, "int8-gpu", ("tensorrt", "rtx"))
+    add_variant(path, "fp16-gpu", ("tensorrt", "rtx"))
+
+    model = onnx.load(path / "models" / "fp16-gpu.onnx")
+    model.doc_string = "another model, that answers the same"
+    replace_file(path, "models/fp16-gpu.onnx", model.SerializeToString())
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["profiles"] = PROFILES
+
+    edit_manifest(path, change)
+    return Bundle.open(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EngineCache:
+    return EngineCache(tmp_path / "engines")
+
+
+@pytest.fixture
+def trt() -> FakeTensorRT:
+    return FakeTensorRT(FakeDriver())
+
+
+def build(bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, **options: Any) -> Any:
+    return build_engines(bundle, "tensorrt", ORIN, cache, trt=trt, **options)
+
+
+def test_engines_are_built_once_and_serve(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    said: list[str] = []
+    steps: list[tuple[int, int]] = []
+    keys = build(
+        bundle,
+        cache,
+        trt,
+        say=said.append,
+        on_progress=lambda done, total: steps.append((done, total)),
+    )
+    assert list(keys) == ["int8-gpu", "fp16-gpu"] and trt.builds == 2
+    assert steps[-1][0] == steps[-1][1] > 0
+    assert any("building for TensorRT 10.3.0.30 on linux-aarch64" in line for line in said)
+    assert build(bundle, cache, trt, say=said.append) == keys and trt.builds == 2
+    assert "there is an engine" in said[-1]
+    assert build(bundle, cache, trt, force=True) == keys and trt.builds == 4
+    entry = cache.entries()[0]
+    assert entry.gpu == "Orin" and entry.power_mode == "15W"
+
+    choice = choose(bundle.manifest, ORIN, engines=available_engines(bundle, cache))
+    assert (choice.device, choice.variant.name) == ("tensorrt", "int8-gpu")
+    assert choice.engine == keys["int8-gpu"] and not choice.engine_missing
+    session = open_engine(bundle, choice.engine, cache, trt=trt, driver=trt.driver)
+    assert session.input_names == {spec.name for spec in bundle.manifest.inputs}
+    session.close()
+
+
+def test_timings_of_kernels_are_kept_for_the_next_build(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    keys = build(bundle, cache, trt)
+    path = cache.timing_cache(keys["int8-gpu"])
+    assert path.read_bytes() == b"Fake GPU measured"
+    path.write_bytes(b"another GPU measured")  # TensorRT refuses it, and measures anew
+    build(bundle, cache, trt, force=True)
+    assert path.read_bytes() == b"Fake GPU measured"
+
+
+def test_too_little_memory_is_said_before_the_build(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    with pytest.raises(DeviceError, match=r"needs about \d+ MiB of free memory, found 100 MiB"):
+        build(bundle, cache, trt, available_bytes=lambda: 100 * 2**20)
+    assert trt.builds == 0 and cache.entries() == []
+
+
+def test_a_build_that_fails_leaves_nothing_and_does_not_block_the_next(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "edgebert_runtime.testing.fake_tensorrt._OnnxParser.parse", lambda s, m: False
+        )
+        with pytest.raises(BundleError, match="TensorRT does not take the model"):
+            build(bundle, cache, trt)
+    assert cache.entries() == []
+    assert len(build(bundle, cache, trt)) == 2
+
+
+def test_options_are_part_of_the_key(bundle: Bundle, cache: EngineCache, trt: FakeTensorRT) -> None:
+    plain = build(bundle, cache, trt)["int8-gpu"]
+    options = BuildOptions(version_compatible=True, hardware_compatible=True, workspace_mib=64)
+    other = build(bundle, cache, trt, options=options)["int8-gpu"]
+    assert plain.digest != other.digest and trt.builds == 4
+    head = cache.read(other)
+    assert b'"flags": ["VERSION_COMPATIBLE"]' in head and b'"level": "AMPERE_PLUS"' in head
+    assert b'"workspace": 67108864' in head
+
+
+@pytest.mark.parametrize("fault", ["cut", "one byte", "another's"])
+def test_an_engine_that_is_not_what_was_written_is_refused_and_removed(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, fault: str
+) -> None:
+    keys = build(bundle, cache, trt)
+    key, place = keys["int8-gpu"], cache.directory / keys["int8-gpu"].digest
+    data = (place / "engine").read_bytes()
+    if fault == "cut":
+        (place / "engine").write_bytes(data[: len(data) // 2])
+    elif fault == "one byte":
+        (place / "engine").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        other = cache.directory / keys["fp16-gpu"].digest
+        (place / "entry.json").write_bytes((other / "entry.json").read_bytes())
+
+    class Untouched:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError("the engine reached TensorRT")
+
+    with pytest.raises(DeviceError, match=r"was altered .* removed, build it again"):
+        open_engine(bundle, key, cache, trt=Untouched(), driver=trt.driver)
+    assert not place.exists()
+    assert build(bundle, cache, trt)["int8-gpu"] == key
+    assert cache.read(key) == data
+
+
+def test_entries_that_cannot_be_read_are_no_entries(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    keys = build(bundle, cache, trt)
+    entry = cache.directory / keys["int8-gpu"].digest / "entry.json"
+    for text in (b"", b"{", b"[]", b'{"key": 1}', b"\xff"):
+        entry.write_bytes(text)
+        assert [found.key for found in cache.entries()] == [keys["fp16-gpu"]]
+        with pytest.raises(DeviceError, match="no engine for TensorRT"):
+            cache.read(keys["int8-gpu"])
+
+
+def key_of(number: int, **other: Any) -> EngineKey:
+    return EngineKey(
+        flavour="tensorrt",
+        version="10.3.0.30",
+        platform="linux-aarch64",
+        compute_capability="8.7",
+        model_sha256=f"{number:064x}",
+        profiles=(),
+        options=BuildOptions(),
+        **other,
+    )
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path, limit_mib=3)
+    for number in range(3):
+        cache.write(key_of(number), bytes(900_000))
+        time.sleep(0.01)
+    cache.read(key_of(0))
+    cache.write(key_of(3), bytes(900_000))
+    kept = {int(entry.key.model_sha256, 16) for entry in cache.entries()}
+    assert kept == {0, 2, 3}
+    cache.write(key_of(4), bytes(5_000_000))  # larger than the limit: it stays, alone
+    assert [int(entry.key.model_sha256, 16) for entry in cache.entries()] == [4]
+
+
+def test_two_processes_build_an_engine_once(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from edgebert_runtime.engine import EngineKey\n"
+        "from edgebert_runtime.engine_cache import EngineCache\n"
+        "import msgspec\n"
+        "cache = EngineCache(Path(sys.argv[1]))\n"
+        "key = msgspec.json.decode(sys.argv[2].encode(), type=EngineKey)\n"
+        "with cache.building(key) as needed:\n"
+        "    if needed:\n"
+        "        time.sleep(0.5)\n"
+        "        cache.write(key, b'engine')\n"
+        "    print(needed)\n"
+    )
+    key = msgspec.json.encode(key_of(1)).decode()
+    command = [sys.executable, "-c", code, str(tmp_path), key]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert sorted(process.communicate(timeout=60)[0].strip() for process in running) == [
+        "False",
+        "False",
+        "True",
+    ]
+
+
+def test_what_a_process_left_that_was_ended_is_removed(tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path)
+    left = tmp_path / f"{key_of(1).digest}.part-x"
+    others = tmp_path / f"{key_of(2).digest}.part-y"
+    for part in (left, others):
+        part.mkdir()
+        (part / "engine").write_bytes(b"half")
+    assert cache.entries() == []
+    with cache.building(key_of(1)) as needed:
+        assert needed and not left.exists() and others.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    cache = EngineCache(tmp_path / "file" / "engines")
+    with pytest.raises(DeviceError, match="EDGEBERT_CACHE_DIR"), cache.building(key_of(1)):
+        raise AssertionError
+    with pytest.raises(DeviceError, match="EDGEBERT_CACHE_DIR"):
+        cache.write(key_of(1), b"engine")
+
+
+def test_threads_wait_for_each_other(tmp_path: Path) -> None:
+    cache, order = EngineCache(tmp_path), []
+
+    def run(number: int) -> None:
+        with cache.building(key_of(1)) as needed:
+            order.append((number, needed))
+            time.sleep(0.05)
+            if needed:
+                cache.write(key_of(1), b"engine")
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [needed for _, needed in order] == [True, False, False]
+
+
+def test_the_faster_variant_is_measured_and_preferred(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = build(bundle, cache, trt)
+    sessions = {
+        name: open_engine(bundle, key, cache, trt=trt, driver=trt.driver)
+        for name, key in keys.items()
+    }
+    slow = sessions["int8-gpu"].run
+    monkeypatch.setattr(sessions["int8-gpu"], "run", lambda batch: (time.sleep(0.02), slow(batch)))
+    monkeypatch.setattr("edgebert_runtime.engines._ROUNDS", 3)
+    timings = measure_engines(sessions, bundle.manifest.profiles)
+    assert len(timings) == 2 * len(PROFILES) and all(t.p50_ms <= t.p99_ms for t in timings)
+    assert fastest(timings) == "fp16-gpu"
+    assert preferred_variants(bundle, cache, ORIN) == []
+    preference = remember_preference(bundle, cache, keys, timings, ORIN)
+    assert preference.power_mode == "15W"
+    preferred = preferred_variants(bundle, cache, ORIN)
+    assert preferred == ["fp16-gpu"]
+    engines = available_engines(bundle, cache)
+    choice = choose(bundle.manifest, ORIN, engines=engines, preferred=preferred)
+    assert choice.variant.name == "fp16-gpu"
+    # Another TensorRT has not been measured.
+    newer = msgspec.structs.replace(ORIN, tensorrt={"tensorrt": TensorRTFacts(version="10.7.0")})
+    assert preferred_variants(bundle, cache, newer) == []
+    for session in sessions.values():
+        session.close()
+
+
+def test_without_an_engine_auto_runs_on_the_cpu_and_says_how_to_build(bundle: Bundle) -> None:
+    choice = choose(bundle.manifest, ORIN)
+    assert choice.device == "cpu" and choice.variant.name == "fp32"
+    assert choice.faults == [
+        "tensorrt: no engine was built for this device yet; build one with: edgebert-rt engine "
+        "BUNDLE --flavour tensorrt"
+    ]
+    asked = choose(bundle.manifest, ORIN, build_engine=True)
+    assert asked.engine_missing and asked.engine is not None
+    with pytest.raises(DeviceError, match="no engine was built for this device yet"):
+        choose(bundle.manifest, ORIN, "tensorrt")
+
+
+def test_an_engine_for_something_else_is_refused_with_both_sides(bundle: Bundle) -> None:
+    variant = bundle.manifest.variant("int8-gpu")
+    key = wanted_key(bundle.manifest, variant, "tensorrt", ORIN)
+    others = {
+        "engine built for TensorRT 10.13.0 on linux-aarch64, compute capability 8.7, found "
+        "TensorRT 10.3.0.30 on linux-aarch64, compute capability 8.7": {"version": "10.13.0"},
+        "compute capability 11.0, found": {"compute_capability": "11.0"},
+        "other shapes": {"profiles": ()},
+    }
+    for said, change in others.items():
+        other = msgspec.structs.replace(key, **change)
+        choice = choose(bundle.manifest, ORIN, engines=[other])
+        assert choice.device == "cpu"
+        assert said in choice.faults[0] and "build one with" in choice.faults[0]
+    another_model = msgspec.structs.replace(key, model_sha256="0" * 64)
+    assert difference(another_model, key) == "engine built from another model"
+    assert choose(bundle.manifest, ORIN, engines=[another_model]).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("built", "options", "serves"),
+    [
+        ({"version": "10.0.1"}, {"version_compatible": True}, True),
+        ({"version": "10.9.0"}, {"version_compatible": True}, False),  # newer than what is here
+        ({"version": "9.3.0"}, {"version_compatible": True}, False),
+        ({"compute_capability": "8.0"}, {"hardware_compatible": True}, True),
+        ({"compute_capability": "8.0"}, {}, False),
+        ({"platform": "linux-x86_64"}, {"hardware_compatible": True}, False),
+    ],
+)
+def test_engines_built_to_be_compatible_serve_more_machines(
+    bundle: Bundle, built: dict[str, str], options: dict[str, bool], serves: bool
+) -> None:
+    variant = bundle.manifest.variant("int8-gpu")
+    wanted = wanted_key(bundle.manifest, variant, "tensorrt", ORIN)
+    found = msgspec.structs.replace(wanted, options=BuildOptions(**options), **built)
+    assert (difference(found, wanted) is None) == serves
+
+
+def test_a_classifier_builds_its_engine_if_it_may(
+    bundle: Bundle,
+    cache: EngineCache,
+    trt: FakeTensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    classifiers: dict[str, Classifier],
+) -> None:
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda device: ORIN)
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    texts = ["a great film", "dull", "so long that it could be cut, but it is not that long"] * 5
+    with Classifier.load(bundle.path) as clf:
+        assert clf.choice is not None and clf.choice.device == "cpu"
+    assert "build one with: edgebert-rt engine" in caplog.text and trt.builds == 0
+    with Classifier.load(bundle.path, build_engine=True) as clf:
+        assert clf.choice is not None and clf.choice.device == "tensorrt"
+        expected = classifiers["single"].scores(texts)
+        assert abs(clf.scores(texts) - expected).max() < 1e-5
+    assert trt.builds == 1
+    with Classifier.load(bundle.path, device="tensorrt") as clf:
+        assert clf.choice is not None and clf.choice.variant.name == "int8-gpu"
+    assert trt.builds == 1 and not +trt.driver.live
+
+
+def test_a_bundle_brings_engines_of_its_own(
+    bundle: Bundle, cache: EngineCache, edit_manifest: Callable[..., None]
+) -> None:
+    import hashlib
+
+    trt = FakeTensorRT(FakeDriver(compute_capability=(8, 9)), "rtx", version="1.7.1.116")
+    desktop = msgspec.structs.replace(
+        ORIN,
+        machine="x86_64",
+        gpu=msgspec.structs.replace(ORIN.gpu, name="RTX 4090", compute_capability=(8, 9)),
+        tensorrt={"rtx": TensorRTFacts(version="1.7.1.116")},
+    )
+    keys = build_engines(bundle, "rtx", desktop, cache, trt=trt)
+    data = cache.read(keys["int8-gpu"])
+    assert [p.max_batch for p in keys["int8-gpu"].profiles] == [8, 8]  # none for single rows
+    path = Path(bundle.path)
+    (path / "engines").mkdir()
+    (path / "engines" / "int8-gpu-rtx.engine").write_bytes(data)
+
+    def change(manifest: dict[str, Any]) -> None:
+        name = "engines/int8-gpu-rtx.engine"
+        manifest["format_version"] = 2
+        manifest["engines"] = [
+            {
+                "path": name,
+                "variant": "int8-gpu",
+                "flavour": "rtx",
+                "version": "1.7.1.116",
+                "platform": "linux-x86_64",
+            }
+        ]
+        sha256 = hashlib.sha256(data).hexdigest()
+        manifest["files"].append({"path": name, "size_bytes": len(data), "sha256": sha256})
+
+    edit_manifest(path, change)
+    opened, empty = Bundle.open(path), EngineCache(cache.directory.parent / "empty")
+    engines = available_engines(opened, empty)
+    assert engines == list(bundled_keys(opened.manifest))
+    choice = choose(opened.manifest, desktop, engines=engines)
+    assert (choice.device, choice.variant.name) == ("rtx", "int8-gpu")
+    assert choice.engine is not None
+    session = open_engine(opened, choice.engine, empty, trt=trt, driver=trt.driver)
+    session.close()
+    assert empty.runtime_cache(choice.engine).read_bytes().startswith(b"")
+    other = msgspec.structs.replace(desktop, tensorrt={"rtx": TensorRTFacts(version="1.8.0.1")})
+    refused = choose(opened.manifest, other, engines=engines)
+    assert refused.device == "cpu"
+    assert (
+        "engine built for TensorRT-RTX 1.7.1.116 on linux-x86_64, found TensorRT-RTX 1.8.0.1"
+        in refused.faults[0]
+    )
+    (path / "engines" / "int8-gpu-rtx.engine").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(BundleError, match="was altered"):
+        open_engine(Bundle.open(path), choice.engine, empty, trt=trt, driver=trt.driver)
+
+
+def test_profiles_must_reach_the_longest_row(
+    bundle: Bundle, edit_manifest: Callable[..., None]
+) -> None:
+    edit_manifest(Path(bundle.path), lambda manifest: manifest["profiles"].pop())
+    with pytest.raises(BundleError, match="the longest profile must be as long as max_length"):
+        Bundle.open(bundle.path)
+
+
+def test_profile_shapes_are_checked() -> None:
+    with pytest.raises(ValueError, match="1 <= opt <= max"):
+        Profile(max_batch=1, opt_batch=2, max_seq=8, opt_seq=8)
+    with pytest.raises(ValueError, match="1 <= opt <= max"):
+        Profile(max_batch=1, opt_batch=1, max_seq=8, opt_seq=9)
