@@ -38,6 +38,7 @@ from edgebert_export.to_onnx import ExportConfig, OnnxModel, to_onnx
 from edgebert_pipeline.data import load_dataset
 from edgebert_pipeline.fetch import fetch_checkpoint
 from edgebert_pipeline.recipe import load_recipe
+from edgebert_runtime.encoder import TextEncoder
 
 TEXTS = 128
 SMALL = {
@@ -71,12 +72,19 @@ def random_bert(recipe_path: Path, work: Path, shape: dict[str, int]) -> None:
     to_onnx(checkpoint, recipe.data.as_task(None), ExportConfig(), work / "fp32.onnx")
 
 
+def encoder_of(checkpoint: Checkpoint, model: OnnxModel) -> TextEncoder:
+    """Makes the inputs of an exported model, of single texts."""
+    return checkpoint_encoder(
+        checkpoint, max_length=128, text_pair=False, input_names=model.input_names()
+    )
+
+
 def quantise(recipe_path: Path, work: Path, count: int) -> str:
     """Quantises the model in ``work``, judged by up to ``count`` validation rows."""
     dataset, _ = load_dataset(load_recipe(recipe_path).data, recipe_path.parent)
     checkpoint: Checkpoint = open_checkpoint(work / "checkpoint")
-    encoder = checkpoint_encoder(checkpoint, max_length=128, text_pair=dataset.task.text_pair)
     model = OnnxModel(work / "fp32.onnx", "fp32")
+    encoder = encoder_of(checkpoint, model)
     start = time.monotonic()
     validation = dataset.validation[:count]
     judge = Judge(open_graph(model.path), dataset.task, encoder, validation)
@@ -103,11 +111,10 @@ def quantise(recipe_path: Path, work: Path, count: int) -> str:
 def calibrate_on(recipe_path: Path, work: Path, count: int) -> str:
     """Calibrates the model in ``work`` on ``count`` texts."""
     dataset, _ = load_dataset(load_recipe(recipe_path).data, recipe_path.parent)
-    encoder = checkpoint_encoder(
-        open_checkpoint(work / "checkpoint"), max_length=128, text_pair=dataset.task.text_pair
-    )
+    model = OnnxModel(work / "fp32.onnx", "fp32")
+    encoder = encoder_of(open_checkpoint(work / "checkpoint"), model)
     rows = encoder.encode([example.text for example in dataset.calibration[:count]])
-    graph = open_graph(work / "fp32.onnx")
+    graph = open_graph(model.path)
     linear = [product for product in find_products(graph) if product.kind == "linear"]
     operands = [operand for product in linear for operand in product.operands]
     start = time.monotonic()

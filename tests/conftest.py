@@ -170,7 +170,8 @@ def _write_tiny_bundle(path: Path, checkpoint: Checkpoint, task: Task) -> Path:
         seed=None,
         versions={},
     )
-    model = to_onnx(checkpoint, task, ExportConfig(max_length=64), path.with_suffix(".onnx"))
+    config = ExportConfig(max_length=64, fold_token_types=False)  # BERT's three inputs
+    model = to_onnx(checkpoint, task, config, path.with_suffix(".onnx"))
     bundle = write_bundle(
         path,
         name=f"tiny-{path.name}",

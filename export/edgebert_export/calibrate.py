@@ -184,10 +184,11 @@ def calibrate(
         for name, operand in wanted.items():
             values = results[name]
             if operand.over_keys:
-                both = real[:, None, :, None] & real[:, None, None, :]
+                both = real[:, None, : values.shape[2], None] & real[:, None, None, :]
                 values = values[np.broadcast_to(both, values.shape)]
             elif values.ndim > 2:
-                values = np.moveaxis(values, operand.token_axis, 1)[real]
+                values = np.moveaxis(values, operand.token_axis, 1)
+                values = values[real[:, : values.shape[1]]]  # of the last layer, the first token
             found[name].add(values, channels=results[name].ndim < 4)
     session.close()
     release_memory()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,7 +254,11 @@ def model_inputs(model_type: str) -> tuple[str, ...]:
 
 
 def checkpoint_encoder(
-    checkpoint: Checkpoint, *, max_length: int, text_pair: bool, model_type: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    max_length: int,
+    text_pair: bool,
+    input_names: Sequence[str] | None = None,
 ) -> TextEncoder:
     """Builds the encoder that training, parity and the device all use.
 
@@ -262,7 +266,7 @@ def checkpoint_encoder(
         checkpoint: Whose tokenizer it takes.
         max_length: Longest row in tokens.
         text_pair: Whether each input is a pair.
-        model_type: Whose inputs it makes; the checkpoint's own if left out.
+        input_names: The inputs that it makes; those of the checkpoint's model if left out.
 
     Raises:
         CheckpointError: The tokenizer cannot be read, or ``max_length`` exceeds what the
@@ -271,7 +275,7 @@ def checkpoint_encoder(
     check_max_length(checkpoint, max_length)
     return TextEncoder(
         load_tokenizer(checkpoint).to_str().encode(),
-        input_names=model_inputs(model_type or checkpoint.model_type),
+        input_names=input_names or model_inputs(checkpoint.model_type),
         max_length=max_length,
         pad_token_id=checkpoint.pad_token_id,
         text_pair=text_pair,

@@ -28,6 +28,7 @@ from edgebert_export.checkpoint import (
     checkpoint_encoder,
     load_model,
     load_tokenizer,
+    model_inputs,
     open_checkpoint,
     save_checkpoint,
 )
@@ -284,7 +285,7 @@ class DistillationJob:
             teacher,
             max_length=max_length,
             text_pair=data.task.text_pair,
-            model_type="distilbert",
+            input_names=model_inputs("distilbert"),
         )
         self._validation_start = len(outputs.logits) - len(data.validation)
 

@@ -30,7 +30,12 @@ def choose_thresholds(
     """
     from sklearn.metrics import precision_recall_curve
 
-    encoder = checkpoint_encoder(checkpoint, max_length=max_length, text_pair=task.text_pair)
+    encoder = checkpoint_encoder(
+        checkpoint,
+        max_length=max_length,
+        text_pair=task.text_pair,
+        input_names=model.input_names(),
+    )
     with Classifier(OnnxSession(model.path.read_bytes()), encoder, task) as classifier:
         scores = classifier.scores([example.text for example in examples])
     thresholds = []

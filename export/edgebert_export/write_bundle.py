@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgebert_export.checkpoint import Checkpoint, load_tokenizer, model_inputs
+from edgebert_export.checkpoint import Checkpoint, load_tokenizer
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
 from edgebert_runtime.manifest import (
@@ -70,9 +70,9 @@ def write_bundle(
         out: Where; created if it is not there.
         name: Name of the model.
         task: What it answers.
-        checkpoint: Whose tokenizer and inputs the models share.
+        checkpoint: Whose tokenizer the models share.
         max_length: Longest input in tokens.
-        variants: By name, in order of preference.
+        variants: By name, in order of preference; at least one, all with the same inputs.
         provenance: Where it comes from.
         profiles: Shapes that engines are built for.
         engines: Engines that were built ahead of time.
@@ -114,7 +114,7 @@ def write_bundle(
         pad_token_id=checkpoint.pad_token_id,
         inputs=tuple(
             TensorSpec(name=input_name, dtype="int64", shape=("batch", "seq"))
-            for input_name in model_inputs(checkpoint.model_type)
+            for input_name in next(iter(variants.values())).model.input_names()
         ),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", len(task.labels))),),
         variants=tuple(listed),

@@ -122,7 +122,10 @@ def run_quantisation(
 
     def produce(out: Path, progress: Progress) -> Quantisation:
         encoder = checkpoint_encoder(
-            checkpoint, max_length=max_length, text_pair=dataset.task.text_pair
+            checkpoint,
+            max_length=max_length,
+            text_pair=dataset.task.text_pair,
+            input_names=fp32.input_names(),
         )
         judge = Judge(fp32.path.read_bytes(), task(), encoder, dataset.validation)
         cpu = gpu = None

@@ -418,6 +418,8 @@ def _onnx_stage(
         (
             "edgebert_pipeline.run",
             *LOADING,
+            "edgebert_export.graph",
+            "edgebert_export.rewrite",
             "edgebert_export.to_onnx",
             "edgebert_runtime.onnx_session",
         ),

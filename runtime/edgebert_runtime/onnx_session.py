@@ -9,6 +9,7 @@ import numpy as np
 
 from edgebert_runtime.device import import_onnxruntime
 from edgebert_runtime.errors import BundleError, DeviceError, InputError
+from edgebert_runtime.processor import int8_products_saturate
 from edgebert_runtime.session import Inputs, Outputs
 
 if TYPE_CHECKING:
@@ -62,10 +63,12 @@ class OnnxSession:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", os.devnull
         )
-        # Without VNNI, products of 8-bit numbers saturate at 16 bits on x86, unless asked not to:
-        # the answers would depend on the processor (docs/decisions/0016).
-        setting = "session.disable_quant_qdq" if simulated else "session.x64quantprecision"
-        options.add_session_config_entry(setting, "1")
+        if simulated:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        elif int8_products_saturate():
+            # The answers would depend on the processor. Where they do not, this would cost half
+            # of the speed (docs/decisions/0016).
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if intra_op_threads is not None:
             options.intra_op_num_threads = intra_op_threads
         if weights:

@@ -105,7 +105,7 @@ def onnx_models(
 ) -> dict[str, OnnxModel]:
     """The FP32 export of each of the tiny classifiers, by task; treat it as read-only."""
     root = tmp_path_factory.mktemp("onnx")
-    config = ExportConfig(max_length=64)
+    config = ExportConfig(max_length=64, first_token=False, fold_token_types=False)
     return {
         name: to_onnx(checkpoint, tasks[name], config, root / f"{name}.onnx")
         for name, checkpoint in tiny_classifiers.items()

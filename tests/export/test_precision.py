@@ -89,7 +89,12 @@ def tiny(
                 weight *= 0.5 if weight.ndim == 2 else 1  # as wide as it is, rounding decides
                 weight += 0.05 * torch.randn(weight.shape)
         checkpoint = save_checkpoint(model, tokenizer, root / name)
-        exported = to_onnx(checkpoint, task, ExportConfig(max_length=64), root / f"{name}.onnx")
+        exported = to_onnx(
+            checkpoint,
+            task,
+            ExportConfig(max_length=64, fold_token_types=False),
+            root / f"{name}.onnx",
+        )
         encoder = checkpoint_encoder(checkpoint, max_length=64, text_pair=False)
         rows = encoder.encode(texts_for["single"][:24])
         graph = open_graph(exported.path)

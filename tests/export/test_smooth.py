@@ -89,7 +89,12 @@ def tiny(
                 if "norm" in key.lower():
                     weight *= torch.randn(weight.shape).exp()
         checkpoint = save_checkpoint(model, tokenizer, root / name)
-        exported = to_onnx(checkpoint, task, ExportConfig(max_length=64), root / f"{name}.onnx")
+        exported = to_onnx(
+            checkpoint,
+            task,
+            ExportConfig(max_length=64, fold_token_types=False),
+            root / f"{name}.onnx",
+        )
         encoder = checkpoint_encoder(checkpoint, max_length=64, text_pair=False)
         rows = encoder.encode(texts_for["single"][:24])
         found[name] = _Tiny(open_graph(exported.path), encoder, rows)

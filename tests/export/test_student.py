@@ -15,6 +15,7 @@ from edgebert_export.checkpoint import (
     checkpoint_encoder,
     load_model,
     load_tokenizer,
+    model_inputs,
     open_checkpoint,
     save_checkpoint,
 )
@@ -55,7 +56,7 @@ def untrained(
         first_tokens=torch.from_numpy(first),
         logits=torch.from_numpy(logits),
     )
-    own, own_first = said(teacher, student, task, texts, model_type="distilbert")
+    own, own_first = said(teacher, student, task, texts, input_names=model_inputs("distilbert"))
     return student, logits, first, own, own_first
 
 

@@ -124,7 +124,12 @@ def test_scores_that_lie_close_together_are_still_told_apart(
 
     checkpoint = open_checkpoint(edited(tiny_classifiers["multi"].path, weights=shrink))
     task = tasks["multi"]
-    model = to_onnx(checkpoint, task, ExportConfig(max_length=64), tmp_path / "rare.onnx")
+    model = to_onnx(
+        checkpoint,
+        task,
+        ExportConfig(max_length=64, fold_token_types=False),
+        tmp_path / "rare.onnx",
+    )
     thresholds = choose_thresholds(checkpoint, task, model, rows, max_length=64)
     with _classifier(checkpoint, model, task, thresholds) as classifier:
         assert _f1(classifier, rows) == pytest.approx(_best_f1(classifier, rows))

@@ -1,0 +1,40 @@
+"""What this processor's 8-bit kernels can be trusted with."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterable
+
+__all__ = ["has_vnni", "int8_products_saturate"]
+
+_VNNI = {"avx512_vnni", "avx_vnni"}
+
+
+@functools.cache
+def int8_products_saturate() -> bool:
+    """Whether ONNX Runtime's products of 8-bit numbers saturate here: on x86 without VNNI.
+
+    Where the system does not tell what the processor has, it is taken to have no VNNI: slower,
+    and right.
+    """
+    if platform.machine().lower() not in {"x86_64", "amd64", "i686", "x86"}:
+        return False
+    try:
+        # By lines, so that what a kernel says of a hundred more cores is not read.
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            return not has_vnni(lines)
+    except OSError:
+        return True
+
+
+def has_vnni(cpuinfo: Iterable[str]) -> bool:
+    """Whether the first processor that ``/proc/cpuinfo`` tells of multiplies 8-bit numbers whole.
+
+    Args:
+        cpuinfo: Its lines.
+    """
+    for line in cpuinfo:
+        if line.startswith("flags"):
+            return not _VNNI.isdisjoint(line.partition(":")[2].split())
+    return False
