@@ -47,6 +47,7 @@ __all__ = [
 
 _QUANTISED = ("quantize", "qlinear", "qattention", "qgemm", "integer", "nbits")
 """What is in the names of operators that work on quantised numbers, in lower case."""
+_CPU_PRODUCTS = (b"MatMulInteger", b"DynamicQuantizeMatMul")
 _MOST_BYTES = 2**31 - 1  # of a protobuf message
 _SHARED_BYTES = 1024
 """Smaller constants stay in the graph that a session gets, where shapes are computed from them."""
@@ -246,7 +247,7 @@ def open_session(model: Model) -> OnnxSession:
     A graph, and a model without a CPU's 8-bit products, is computed as it is written.
     """
     if isinstance(model, bytes):
-        return OnnxSession(model, simulated=b"MatMulInteger" not in model)
+        return OnnxSession(model, simulated=not any(name in model for name in _CPU_PRODUCTS))
     bare, weights = copy_of(model), {}
     for name, value in bare.graph.initializers.items():
         tensor = value.const_value

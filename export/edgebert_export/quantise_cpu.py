@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx
+
 from edgebert_export.closed_loop import Fit, fit
 from edgebert_export.fidelity import Judge
 from edgebert_export.graph import find_products, open_graph, write_graph
 from edgebert_export.quantise import ProductKind, QuantiseConfig, included
 from edgebert_export.to_onnx import OnnxModel
+from edgebert_runtime.onnx_session import SLOWER_FUSED
 
 __all__ = ["quantise_cpu"]
 
@@ -31,6 +34,7 @@ def quantise_cpu(
     predictions than one per tensor (docs/decisions/0005). Embedding tables: unsigned, one scale
     per table, which is all that ONNX Runtime's quantiser makes of a ``Gather``. Products of two
     activations, inside attention, stay in FP32. Layers go back to FP32 until the budget fits.
+    ONNX Runtime's fusions are in the file already, so that no start spends time on them.
 
     Args:
         model: In FP32.
@@ -51,7 +55,7 @@ def quantise_cpu(
         write_graph(graph, source)  # the graph in which these are the names
 
         def build(names: frozenset[str]) -> bytes:
-            return _dynamic(source, [nodes[name] for name in nodes if name in names])
+            return _fused(_dynamic(source, [nodes[name] for name in nodes if name in names]))
 
         found = fit(
             list(nodes),
@@ -86,6 +90,31 @@ def _dynamic(path: Path, nodes: Sequence[str]) -> bytes:
             extra_options={"MatMulConstBOnly": True},
         )
         return out.read_bytes()
+
+
+def _fused(model: bytes) -> bytes:
+    """Returns a model with ONNX Runtime's fusions for CPUs of every kind, as a session has them."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "fused.onnx"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(out)
+        onnxruntime.InferenceSession(
+            model,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=SLOWER_FUSED["cpu"],
+        )
+        fused = onnx.load(out)
+    used = {node.domain for node in fused.graph.node}
+    domains = [entry for entry in fused.opset_import if entry.domain in used]
+    del fused.opset_import[:]
+    fused.opset_import.extend(domains)
+    data: bytes = fused.SerializeToString(deterministic=True)
+    return data
 
 
 @contextmanager

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
+from edgebert_runtime.batching import Gatherer, by_length
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cache import is_known_whole, remember_whole
 from edgebert_runtime.device import Choice, DeviceFacts, choose, gather_facts
 from edgebert_runtime.encoder import Encoded, Text, TextEncoder
-from edgebert_runtime.errors import BundleError, DeviceError, InputError
+from edgebert_runtime.errors import BundleError, DeviceError, EdgebertError, InputError
 from edgebert_runtime.manifest import Task
 from edgebert_runtime.onnx_session import OnnxSession
+from edgebert_runtime.processor import usable_cores
 from edgebert_runtime.session import Session
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -28,8 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Classifier", "Prediction", "Stats"]
 
-_CHUNK_TEXTS = 4096
+_CHUNK_TEXTS = 1024
 """Texts that are tokenised and sorted by length at a time, so that memory stays bounded."""
+_ANY = sys.maxsize
+_CPU_BATCH_TOKENS = 512
+"""Tokens of a batch on a CPU: its activations then stay in a core's cache (docs/performance.md)."""
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -71,6 +80,13 @@ class Classifier:
         encoder: Turns texts into the model's inputs.
         task: What the outputs mean.
         batch_size: Most texts in one call of the model; at least 1.
+        batch_tokens: Most tokens in one call of several texts, padding included; any number when
+            ``None``.
+        workers: Calls of the model at a time, when there are texts for several.
+        start_worker_session: Loads the model for the workers, each of which runs it on its own
+            core; when ``None`` they share ``session``.
+        max_wait_ms: When threads bring few texts each, how long one may wait for others to share
+            a call of the model with; ``None`` runs what each brings on its own.
         choice: What was chosen to run, and why; ``None`` when the caller chose.
         digest: Digest of the bundle that the parts came from; ``None`` without a bundle.
     """
@@ -82,19 +98,39 @@ class Classifier:
         task: Task,
         *,
         batch_size: int = 32,
+        batch_tokens: int | None = None,
+        workers: int = 1,
+        start_worker_session: Callable[[], Session] | None = None,
+        max_wait_ms: float | None = None,
         choice: Choice | None = None,
         digest: str | None = None,
     ) -> None:
-        _check_batch_size(batch_size)
+        _check_sizes(batch_size, max_wait_ms)
         self.task = task
         self.choice = choice
         self.digest = digest
         self._session = session
         self._encoder = encoder
         self.batch_size = batch_size
+        self._batch_tokens = batch_tokens or _ANY
+        self._workers = workers
+        self._start_worker_session = start_worker_session
+        self._worker_session: Session | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._closed = False
         self._thresholds = np.asarray(task.thresholds or (), dtype=np.float32)
         self._stats = Stats()
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._gatherer: Gatherer | None = None
+        if max_wait_ms is not None:
+            self._gatherer = Gatherer(
+                self._on_worker,
+                most_rows=batch_size,
+                most_tokens=self._batch_tokens,
+                max_wait_ms=max_wait_ms,
+                workers=workers,
+            )
 
     @classmethod
     def load(
@@ -105,6 +141,7 @@ class Classifier:
         variant: str | None = None,
         intra_op_threads: int | None = None,
         batch_size: int = 32,
+        max_wait_ms: float | None = None,
         build_engine: bool = False,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Classifier:
@@ -115,8 +152,12 @@ class Classifier:
             device: ``auto`` (the best that works at once), ``cpu``, ``cuda``, ``tensorrt`` or
                 ``rtx`` (TensorRT for RTX).
             variant: Name of the variant to load; the best for the device when ``None``.
-            intra_op_threads: Threads for one operator; ONNX Runtime decides when ``None``.
+            intra_op_threads: Cores to use on a CPU: a few texts are computed by all of them
+                together, many texts in batches, one a core. All usable ones when ``None``.
             batch_size: Most texts in one call of the model.
+            max_wait_ms: For programs whose threads bring one text each: texts of different
+                threads share calls of the model, for which one waits this long at most. ``None``
+                runs what each thread brings on its own.
             build_engine: Whether to build the TensorRT engine if there is none, which takes
                 minutes. Without it, ``auto`` runs on ONNX Runtime until
                 ``edgebert-rt engine`` has built one.
@@ -130,7 +171,7 @@ class Classifier:
         """
         if intra_op_threads is not None and intra_op_threads < 1:
             raise InputError(f"intra_op_threads is {intra_op_threads}; it must be at least 1")
-        _check_batch_size(batch_size)
+        _check_sizes(batch_size, max_wait_ms)
         bundle = Bundle.open(path)
         # The files that are parsed are hashed when they are read; the rest beside the loading.
         rest = None if is_known_whole(bundle) else _Background(bundle.verify)
@@ -139,13 +180,18 @@ class Classifier:
         for reason in choice.faults:
             _warn("running %s on %s: %s", choice.variant.name, choice.device, reason)
 
+        cores = intra_op_threads or usable_cores()
+
         def start(chosen: Choice) -> Session:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
                 return _start_engine(bundle, chosen, facts, on_progress)
             data = bundle.read(chosen.variant.model)
-            session = OnnxSession(data, device=chosen.device, intra_op_threads=intra_op_threads)
+            session = OnnxSession(data, device=chosen.device, intra_op_threads=cores)
             _check_belongs(session, bundle)
             return session
+
+        def start_worker_session() -> Session:
+            return OnnxSession(bundle.read(choice.variant.model), intra_op_threads=1)
 
         def on_cpu() -> Choice:
             return choose(bundle.manifest, facts, "cpu", variant)
@@ -159,11 +205,16 @@ class Classifier:
                 session.close()
                 raise
             remember_whole(bundle)
+        by_core = choice.device == "cpu" and cores > 1
         return cls(
             session,
             encoder,
             bundle.manifest.task,
             batch_size=batch_size,
+            batch_tokens=_CPU_BATCH_TOKENS if choice.device == "cpu" else None,
+            workers=cores if by_core else 1,
+            start_worker_session=start_worker_session if by_core else None,
+            max_wait_ms=max_wait_ms,
             choice=choice,
             digest=bundle.digest,
         )
@@ -191,10 +242,7 @@ class Classifier:
         Rows sum to 1 in a ``single_label`` task; each entry stands alone in ``multi_label``.
         Raises what ``predict`` raises.
         """
-        logits = self.logits(texts)
-        if self.task.kind == "multi_label":
-            return sigmoid(logits)
-        return _softmax(logits)
+        return self._probabilities(self.logits(texts))
 
     def logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         """Returns the model's raw outputs, ``float32[len(texts), labels]``, in order.
@@ -205,31 +253,125 @@ class Classifier:
             raise InputError("give a list of texts, not one string: [text]")
         if not hasattr(texts, "__len__"):
             raise InputError(f"give a list of texts, not a {type(texts).__name__}")
+        starts = range(0, len(texts), _CHUNK_TEXTS)
+        chunks = self._encoded(texts[start : start + _CHUNK_TEXTS] for start in starts)
+        if 0 < len(texts) <= self.batch_size:
+            (rows,) = chunks
+            if self._gatherer is not None:
+                return np.stack(self._gatherer.logits(rows))
+            if len(by_length(rows, self.batch_size, self._batch_tokens)) == 1:
+                return self._compute(rows, self._session)
+            chunks = iter([rows])
         logits = np.empty((len(texts), len(self.task.labels)), dtype=np.float32)
-        for start in range(0, len(texts), _CHUNK_TEXTS):
-            rows = self._encoder.encode(texts[start : start + _CHUNK_TEXTS], first_index=start)
-            self._run_by_length(rows, logits[start : start + len(rows)])
+        for start, found in zip(starts, self._by_chunk(chunks), strict=True):
+            logits[start : start + len(found)] = found
         return logits
 
-    def _run_by_length(self, rows: list[Encoded], logits: NDArray[np.float32]) -> None:
-        """Fills ``logits``; texts of like length share a batch, so that little is padding."""
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            outputs = self._session.run(self._encoder.collate([rows[index] for index in batch]))
-            found = outputs["logits"]
-            if found.shape != (len(batch), logits.shape[1]):  # numpy would broadcast one column
-                raise BundleError(
-                    f"the model gave logits of shape {found.shape} for {len(batch)} texts and "
-                    f"{logits.shape[1]} labels; model and manifest do not belong together"
-                )
-            logits[batch] = found
+    def stream(self, texts: Iterable[Text], *, chunk_size: int = 1024) -> Iterator[Prediction]:
+        """Labels texts as they come, in order, however many: memory does not grow.
+
+        While a chunk is computed, the next is read and tokenised; no more is read than that, so
+        a slow consumer slows the reading down. Answers come a chunk at a time.
+
+        Args:
+            texts: As for ``predict``, from anything that can be iterated over.
+            chunk_size: Texts that are read, and sorted by length, at a time; at least 1.
+
+        Raises what ``predict`` raises, while iterating.
+        """
+        if isinstance(texts, str):
+            raise InputError("give texts to iterate over, not one string: [text]")
+        if chunk_size < 1:
+            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
+        source = iter(texts)
+        chunks = iter(lambda: list(itertools.islice(source, chunk_size)), [])
+        for logits in self._by_chunk(self._encoded(chunks)):
+            yield from self.predictions(self._probabilities(logits))
+
+    def _encoded(self, chunks: Iterable[Sequence[Text]]) -> Iterator[list[Encoded]]:
+        first_index = 0
+        for chunk in chunks:
+            yield self._encoder.encode(chunk, first_index=first_index)
+            first_index += len(chunk)
+
+    def _by_chunk(self, chunks: Iterable[list[Encoded]]) -> Iterator[NDArray[np.float32]]:
+        """Yields the raw outputs of each chunk; the next one is tokenised meanwhile."""
+        running: deque[tuple[int, list[tuple[list[int], Future[NDArray[np.float32]]]]]] = deque()
+        try:
+            for rows in chunks:
+                batches = by_length(rows, self.batch_size, self._batch_tokens)
+                pool = self._running_pool()
+                futures = [
+                    pool.submit(self._on_worker, [rows[index] for index in batch])
+                    for batch in reversed(batches)  # the longest first: none is left over alone
+                ]
+                running.append((len(rows), list(zip(reversed(batches), futures, strict=True))))
+                if len(running) > 1:
+                    yield self._collected(running.popleft())
+            while running:
+                yield self._collected(running.popleft())
+        finally:
+            for _, parts in running:
+                for _, future in parts:
+                    future.cancel()
+
+    def _collected(
+        self, chunk: tuple[int, list[tuple[list[int], Future[NDArray[np.float32]]]]]
+    ) -> NDArray[np.float32]:
+        count, parts = chunk
+        logits = np.empty((count, len(self.task.labels)), dtype=np.float32)
+        try:
+            for batch, future in parts:
+                logits[batch] = future.result()
+        finally:
+            for _, future in parts:
+                future.cancel()
+        return logits
+
+    def _running_pool(self) -> ThreadPoolExecutor:
+        from concurrent.futures import ThreadPoolExecutor  # a single text needs none
+
+        with self._starting:
+            if self._closed:
+                raise DeviceError("the classifier is closed")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._workers, "edgebert-worker")
+            return self._pool
+
+    def _on_worker(self, rows: list[Encoded]) -> NDArray[np.float32]:
+        with self._starting:
+            if self._worker_session is None:
+                self._worker_session = self._new_worker_session()
+        return self._compute(rows, self._worker_session)
+
+    def _new_worker_session(self) -> Session:
+        if self._start_worker_session is None:
+            return self._session
+        try:
+            return self._start_worker_session()
+        except EdgebertError as exc:  # the bundle is gone, say; what was loaded still works
+            _warn("workers share one session, which is slower: %s", exc)
+            return self._session
+
+    def _compute(self, rows: list[Encoded], session: Session) -> NDArray[np.float32]:
+        """Runs the model on rows, in one batch."""
+        found: NDArray[np.float32] = session.run(self._encoder.collate(rows))["logits"]
+        if found.shape != (len(rows), len(self.task.labels)):
+            raise BundleError(
+                f"the model gave logits of shape {found.shape} for {len(rows)} texts and "
+                f"{len(self.task.labels)} labels; model and manifest do not belong together"
+            )
+        truncated = sum(row.truncated for row in rows)
         with self._lock:
             self._stats = Stats(
                 texts=self._stats.texts + len(rows),
-                truncated=self._stats.truncated + sum(row.truncated for row in rows),
-                batches=self._stats.batches + -(-len(rows) // self.batch_size),
+                truncated=self._stats.truncated + truncated,
+                batches=self._stats.batches + 1,
             )
+        return found
+
+    def _probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        return sigmoid(logits) if self.task.kind == "multi_label" else _softmax(logits)
 
     def _prediction(self, scores: NDArray[np.float32]) -> Prediction:
         labels = self.task.labels
@@ -251,6 +393,14 @@ class Classifier:
 
     def close(self) -> None:
         """Frees the model. Using the classifier afterwards raises ``DeviceError``."""
+        with self._starting:
+            self._closed = True
+        if self._gatherer is not None:
+            self._gatherer.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        if self._worker_session is not None:
+            self._worker_session.close()
         self._session.close()
 
     def __enter__(self) -> Classifier:
@@ -385,9 +535,11 @@ def _check_belongs(session: OnnxSession | TensorRTSession, bundle: Bundle) -> No
         )
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _check_sizes(batch_size: int, max_wait_ms: float | None) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    if max_wait_ms is not None and not 0 <= max_wait_ms <= 60_000:
+        raise InputError(f"max_wait_ms is {max_wait_ms}; it must lie between 0 and 60000")
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

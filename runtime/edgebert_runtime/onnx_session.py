@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["OnnxSession"]
+__all__ = ["SLOWER_FUSED", "OnnxSession"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+SLOWER_FUSED = {"cpu": ["SkipLayerNormFusion"], "cuda": []}
+"""Fusions that cost time: on a CPU, the sum and the LayerNorm that this fuses are vectorised, the
+fused kernel is not (docs/performance.md)."""
 
 
 class OnnxSession:
@@ -75,7 +78,9 @@ class OnnxSession:
             values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), values)
         try:
-            session = ort.InferenceSession(model, options, providers=[provider])
+            session = ort.InferenceSession(
+                model, options, providers=[provider], disabled_optimizers=SLOWER_FUSED[device]
+            )
         except Exception as exc:
             if device == "cpu":
                 raise BundleError(f"ONNX Runtime cannot load the model: {exc}") from exc

@@ -1,12 +1,14 @@
-"""What this processor's 8-bit kernels can be trusted with."""
+"""How many cores there are to use, and what their 8-bit kernels can be trusted with."""
 
 from __future__ import annotations
 
 import functools
+import math
+import os
 import platform
 from collections.abc import Iterable
 
-__all__ = ["has_vnni", "int8_products_saturate"]
+__all__ = ["has_vnni", "int8_products_saturate", "usable_cores"]
 
 _VNNI = {"avx512_vnni", "avx_vnni"}
 
@@ -38,3 +40,17 @@ def has_vnni(cpuinfo: Iterable[str]) -> bool:
         if line.startswith("flags"):
             return not _VNNI.isdisjoint(line.partition(":")[2].split())
     return False
+
+
+def usable_cores() -> int:
+    """How many logical cores this process may use: by its affinity, and its container's quota."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # another system, or no quota: "max"
+        return cores

@@ -37,6 +37,8 @@ from edgebert_runtime.classifier import Classifier
 from edgebert_runtime.encoder import Text, TextEncoder
 from edgebert_runtime.manifest import Task
 
+FUSED_PRODUCTS = {"DynamicQuantizeMatMul": 3, "MatMulIntegerToFloat": 5}
+"""ONNX Runtime's 8-bit products, and which of their inputs is the weights' zero point."""
 NAMES = ["single", "multi", "pairs"]
 MODELS = [*NAMES, "bert", "distilbert"]
 ANYTHING = Budget(max_accuracy_drop=1, max_flip_rate=1)
@@ -186,6 +188,10 @@ def _constant_products(proto: onnx.ModelProto) -> list[tuple[int, ...]]:
     return sorted(shapes)
 
 
+def _int8_products(path: Path) -> int:
+    return sum(_count(path, name) for name in FUSED_PRODUCTS)
+
+
 def _count(path: Path, operator: str) -> int:
     return sum(node.op_type == operator for node in onnx.load(path).graph.node)
 
@@ -221,13 +227,13 @@ def test_every_linear_layer_has_int8_weights_with_a_scale_per_output_channel(
     weights = _initializers(after)
     shapes = []
     for node in after.graph.node:
-        if node.op_type != "MatMulInteger":
+        if node.op_type not in FUSED_PRODUCTS:
             continue
         weight = weights[node.input[1]]
         assert weight.data_type == TensorProto.INT8
         scale = weights[weight.name.removesuffix("_quantized") + "_scale"]
         assert list(scale.dims) == [weight.dims[1]]
-        zero_point = numpy_helper.to_array(weights[node.input[3]])
+        zero_point = numpy_helper.to_array(weights[node.input[FUSED_PRODUCTS[node.op_type]]])
         assert not zero_point.any()  # symmetric
         values = np.abs(numpy_helper.to_array(weight).astype(int))
         assert (values.max(axis=0) == 127).all()  # each channel uses its whole range
@@ -245,7 +251,7 @@ def test_products_inside_attention_stay_in_fp32(
         proto = onnx.load(model.path)
         constant = _initializers(proto)
         return sum(
-            node.op_type == "MatMul" and not set(node.input) & set(constant)
+            node.op_type in {"MatMul", "FusedMatMul"} and not set(node.input) & set(constant)
             for node in proto.graph.node
         )
 
@@ -352,7 +358,7 @@ def test_layers_that_are_excluded_stay_in_fp32_on_a_cpu(
     assert not [name for name in found.quantised if "layer.0" in name]
     assert "classifier" not in found.quantised
     assert len(_constant_products(onnx.load(tmp_path / "int8.onnx"))) == 7
-    assert _count(tmp_path / "int8.onnx", "MatMulInteger") == 7
+    assert _int8_products(tmp_path / "int8.onnx") == 7
     tables = _initializers(onnx.load(tmp_path / "int8.onnx"))
     assert tables["bert.embeddings.position_embeddings.weight"].data_type == TensorProto.FLOAT
 
@@ -375,7 +381,7 @@ def test_layers_go_back_to_fp32_until_the_budget_fits_on_a_cpu(
     assert 1 <= len(back) == 14 - len(found.quantised)
     assert found.last.divergence is not None
     assert found.last.divergence <= limit
-    assert _count(tmp_path / "tight.onnx", "MatMulInteger") == len(found.quantised)
+    assert _int8_products(tmp_path / "tight.onnx") == len(found.quantised)
     assert found.last == case.judge.judge((tmp_path / "tight.onnx").read_bytes())
     assert [line for line in said if f"{back[0]} given back" in line]
 
