@@ -133,6 +133,9 @@ def _skeleton(
     The weights become inputs, so that a graph of any size is cheap to serialise.
     """
     bare = copy_of(model)
+    graphs = {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
+    if bare.functions or any(a.type in graphs for n in bare.graph for a in n.attributes.values()):
+        raise ModelError("the model holds functions or branches, whose work is not counted here")
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(bare)
     IdentityEliminationPass()(bare)  # the exporter stores equal weights once
     for value in bare.graph.inputs:
@@ -145,6 +148,8 @@ def _skeleton(
         if tensor is not None and int(tensor.dtype) in _WEIGHTS:
             weights[name] = _Tensor(tuple(tensor.shape.numpy()), int(tensor.dtype))
             del bare.graph.initializers[name]
+        elif isinstance(tensor, ir.ExternalTensor):  # no file is opened because a model says so
+            raise ModelError(f"the model's constant {name} lies in another file; export it as one")
     proto = ir.to_proto(bare)
     del proto.graph.value_info[:]
     for output in proto.graph.output:
@@ -290,12 +295,14 @@ class _Counter:
         weight_bytes = embedding_bytes = 0
         for name, weight in self._weights.items():
             readers = self._readers[name]
+            if not readers or weight.size < 2:
+                continue
             rows = [self._rows(name, reader) for reader in readers]
             looked_up = [number for number in rows if number is not None]
-            if readers and len(looked_up) == len(readers):
+            if len(looked_up) == len(readers):
                 used = min(sum(looked_up), weight.shape[0])
                 embedding_bytes += weight.nbytes // weight.shape[0] * used
-            elif readers and weight.size > 1:
+            else:
                 weight_bytes += weight.nbytes
         return weight_bytes, embedding_bytes
 

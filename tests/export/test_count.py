@@ -279,3 +279,28 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         count(_model(nodes), 3, 5)
     with pytest.raises(ModelError, match=r"\[batch, seq\]"):
         count(_model(nodes, rank=3), 3, 4)
+
+
+def test_what_is_hidden_in_a_branch_is_refused() -> None:
+    result = onnx.helper.make_tensor_value_info("r", onnx.TensorProto.FLOAT, None)
+    branch = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["r"])], "branch", [], [result]
+    )
+    nodes = [
+        onnx.helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
+        onnx.helper.make_node("Cast", ["top"], ["choice"], to=onnx.TensorProto.BOOL),
+        onnx.helper.make_node("If", ["choice"], ["y"], then_branch=branch, else_branch=branch),
+    ]
+    with pytest.raises(ModelError, match="functions or branches"):
+        count(_model(nodes), 3, 4)
+
+
+def test_no_other_file_is_read(graph: ir.Model, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    ir.save(graph, path, external_data="weights.bin", size_threshold_bytes=1024)
+    (tmp_path / "weights.bin").unlink()
+    only_weights = ir.load(path)  # they are counted by their shapes
+    assert count(only_weights, 2, 9) == count(graph, 2, 9)
+    ir.save(graph, path, external_data="weights.bin", size_threshold_bytes=0)
+    with pytest.raises(ModelError, match="lies in another file"):
+        count(ir.load(path), 2, 9)
