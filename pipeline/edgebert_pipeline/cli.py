@@ -242,6 +242,34 @@ def evaluate(
     click.echo(msgspec.json.encode(found) if as_json else render_table(found))
 
 
+@main.command(short_help="Bound what a device could do with a bundle, on paper.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--device", required=True, help="Whose peak rates to take; an unknown one lists all.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Texts.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=32, show_default=True, help="Tokens of each text."
+)
+@click.option("--variant", help="The only variant to look at.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def estimate(
+    bundle: Path, device: str, batch: int, tokens: int, variant: str | None, as_json: bool
+) -> None:
+    """Bound what a device could do at most with BUNDLE: an estimate, never a measurement.
+
+    Operations and bytes are counted in the models and held against published peak rates; nothing
+    is run. What the bounds leave out is in docs/performance.md.
+    """
+    from edgebert_pipeline.estimate import estimate as run
+    from edgebert_pipeline.estimate import find_device, render_estimate
+    from edgebert_runtime.bundle import Bundle
+
+    peaks = find_device(device)
+    opened = Bundle.open(bundle)
+    opened.verify()
+    found = run(opened, peaks, batch=batch, tokens=tokens, variant=variant)
+    click.echo(msgspec.json.encode(found) if as_json else render_estimate(found))
+
+
 @main.command(short_help="Print the report of a build as Markdown.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
