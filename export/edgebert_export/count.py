@@ -154,11 +154,51 @@ def _skeleton(
     del proto.graph.value_info[:]
     for output in proto.graph.output:
         output.type.tensor_type.ClearField("shape")
+    widened = _standardise(proto)
     proto.graph.input.extend(
-        helper.make_tensor_value_info(name, weight.dtype, weight.shape)
+        helper.make_tensor_value_info(
+            name, TensorProto.FLOAT if name in widened else weight.dtype, weight.shape
+        )
         for name, weight in weights.items()
     )
     return proto, weights
+
+
+def _standardise(model: onnx.ModelProto) -> set[str]:
+    """Puts operators of ONNX, whose shapes can be inferred, in the place of ONNX Runtime's fused.
+
+    Their products of 8-bit weights become products of floating point, of the same shapes.
+
+    Returns:
+        Names of those weights.
+    """
+    widened: set[str] = set()
+    producers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.domain != "com.microsoft":
+            continue
+        if node.op_type in {"DynamicQuantizeMatMul", "MatMulIntegerToFloat"}:
+            activation, weight = node.input[:2]
+            if node.op_type == "MatMulIntegerToFloat":
+                quantisation = producers.get(activation)
+                if quantisation is None or quantisation.op_type != "DynamicQuantizeLinear":
+                    continue
+                activation = quantisation.input[0]
+            widened.add(weight)
+            _become(node, "MatMul", activation, weight)
+        elif node.op_type == "FusedMatMul" and not any(
+            _integer(node, name) for name in ("transA", "transB", "transBatchA", "transBatchB")
+        ):
+            _become(node, "MatMul", *node.input)
+        elif node.op_type in {"BiasGelu", "FastGelu"} and len(node.input) == 2:
+            _become(node, "Add", *node.input)
+    return widened
+
+
+def _become(node: onnx.NodeProto, op_type: str, *inputs: str) -> None:
+    node.op_type, node.domain = op_type, ""
+    del node.attribute[:]
+    node.input[:] = inputs
 
 
 def _infer(model: onnx.ModelProto) -> dict[str, _Tensor]:
@@ -194,8 +234,10 @@ def _fold(
     folded = []
     for node in model.graph.node:
         inputs = [name for name in node.input if name]
-        if node.op_type == "Shape" and not node.attribute and inputs[0] in tensors:
-            results = [np.array(tensors[inputs[0]].shape, dtype=np.int64)]
+        if node.op_type == "Shape" and inputs[0] in tensors:
+            shape = tensors[inputs[0]].shape
+            part = shape[_integer(node, "start") : _integer(node, "end", len(shape))]
+            results = [np.array(part, dtype=np.int64)]
         elif inputs and all(name in constants for name in inputs):
             results = _compute(model, node, {name: constants[name] for name in inputs})
         else:
@@ -282,7 +324,8 @@ class _Counter:
 
     def _precision(self, node: onnx.NodeProto) -> Precision:
         quantised = all(self._dequantisation(name) is not None for name in node.input[:2])
-        if node.op_type == "MatMulInteger" or quantised:
+        weight = self._weights.get(node.input[1])
+        if quantised or (weight is not None and weight.dtype in _BYTES):
             return "int8"
         dtype = self._tensor(node.output[0]).dtype
         if dtype not in _PRECISIONS:

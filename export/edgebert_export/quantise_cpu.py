@@ -17,7 +17,7 @@ from edgebert_export.quantise import ProductKind, QuantiseConfig, included
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_runtime.onnx_session import SLOWER_FUSED
 
-__all__ = ["quantise_cpu"]
+__all__ = ["quantise_cpu", "with_fusions"]
 
 
 def quantise_cpu(
@@ -55,7 +55,7 @@ def quantise_cpu(
         write_graph(graph, source)  # the graph in which these are the names
 
         def build(names: frozenset[str]) -> bytes:
-            return _fused(_dynamic(source, [nodes[name] for name in nodes if name in names]))
+            return with_fusions(_dynamic(source, [nodes[name] for name in nodes if name in names]))
 
         found = fit(
             list(nodes),
@@ -92,7 +92,7 @@ def _dynamic(path: Path, nodes: Sequence[str]) -> bytes:
         return out.read_bytes()
 
 
-def _fused(model: bytes) -> bytes:
+def with_fusions(model: bytes) -> bytes:
     """Returns a model with ONNX Runtime's fusions for CPUs of every kind, as a session has them."""
     import onnxruntime
 

@@ -16,6 +16,7 @@ from edgebert_export.errors import ModelError
 from edgebert_export.graph import find_products, open_graph, to_bytes
 from edgebert_export.precision import scale_queries, to_half, with_input_type
 from edgebert_export.qdq import insert_qdq
+from edgebert_export.quantise_cpu import with_fusions
 from edgebert_export.rewrite import fold_token_types, keep_first_token
 from edgebert_export.to_onnx import OnnxModel
 
@@ -198,6 +199,11 @@ def test_onnx_runtimes_dynamic_int8_is_counted(
     # Scales and zero points, one for each output.
     assert work.weight_bytes == _matrices() + 4 * _vectors() + 5 * _outputs()
     assert work.embedding_bytes == HIDDEN * (batch * tokens + tokens + min(batch * tokens, 2))
+
+    (tmp_path / "fused.onnx").write_bytes(with_fusions((tmp_path / "int8.onnx").read_bytes()))
+    fused = count(ir.load(tmp_path / "fused.onnx"), batch, tokens)
+    assert _by_kind(fused) == _by_kind(work)
+    assert fused.embedding_bytes == work.embedding_bytes
 
 
 def test_more_texts_and_more_tokens_are_more_work_but_no_more_weights(graph: ir.Model) -> None:
