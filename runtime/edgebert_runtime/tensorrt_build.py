@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import msgspec
@@ -93,6 +92,8 @@ def build_engine(
         BundleError: TensorRT does not take the model.
         DeviceError: There is no GPU where one is needed, or the build failed.
     """
+    from concurrent.futures import ThreadPoolExecutor, wait  # for builds alone
+
     start = time.monotonic()
     errors: list[str] = []
     raised: list[Exception] = []

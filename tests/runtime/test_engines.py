@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -14,9 +15,11 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
-from edgebert_runtime import BundleError, Classifier, DeviceError, InputError
+from edgebert_runtime import BundleError, Classifier, DeviceError, InputError, MissingExtraError
 from edgebert_runtime.bundle import Bundle
+from edgebert_runtime.cli import main
 from edgebert_runtime.device import choose
 from edgebert_runtime.engine import EngineKey, bundled_keys, difference, wanted_key
 from edgebert_runtime.engine_cache import EngineCache
@@ -583,6 +586,80 @@ def test_a_classifier_builds_its_engine_if_it_may(
     with Classifier.load(bundle.path, device="tensorrt") as clf:
         assert clf.choice is not None and clf.choice.variant.name == "int8-gpu"
     assert trt.builds == 1 and not +trt.driver.live
+
+
+def test_an_engine_that_fails_where_nothing_else_runs_is_told_with_the_rest(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(bundle, cache, trt)
+    alone = msgspec.structs.replace(
+        ORIN, onnxruntime=(), providers=(), onnxruntime_fault="ONNX Runtime is not installed"
+    )
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda device: alone)
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    trt.driver.fail("cuMemAlloc")
+    with pytest.raises(
+        MissingExtraError, match=r"not installed; tensorrt: cuMemAlloc failed: .*OUT_OF_MEMORY"
+    ):
+        Classifier.load(bundle.path)
+    trt.driver.fail("cuMemAlloc")
+    with pytest.raises(DeviceError, match="cuMemAlloc failed"):
+        Classifier.load(bundle.path, device="tensorrt")
+    assert not +trt.driver.live
+
+
+@pytest.fixture
+def command(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Runs ``edgebert-rt engine`` on the Orin."""
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.cli.gather_facts", lambda device: ORIN)
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.engines._available", lambda: None)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    monkeypatch.setattr("edgebert_runtime.engines._ROUNDS", 1)
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(main, ["engine", str(bundle.path), *arguments])
+
+    return run
+
+
+def test_the_command_measures_once_and_again_by_force(
+    command: Callable[..., Any], trt: FakeTensorRT, bundle: Bundle, cache: EngineCache
+) -> None:
+    first = command()
+    assert first.exit_code == 0 and "preferred: " in first.stdout
+    before = cache.preference(bundle.digest, "tensorrt").stat().st_mtime_ns
+    launched = trt.driver.calls["cuGraphLaunch"]
+    again = command()
+    assert again.stdout == first.stdout and trt.driver.calls["cuGraphLaunch"] == launched
+    # One engine is no comparison: what was found out stays.
+    one = command("--variant", "int8-gpu", "--force")
+    assert "not measured: that compares an engine of each variant" in one.stderr
+    assert cache.preference(bundle.digest, "tensorrt").stat().st_mtime_ns == before
+    forced = command("--force", "--json")
+    assert forced.exit_code == 0 and trt.driver.calls["cuGraphLaunch"] > launched
+    assert json.loads(forced.stdout)["preference"]["power_mode"] == "15W"
+
+
+def test_the_log_of_a_build_that_is_ended_is_there(
+    command: Callable[..., Any], cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def end(self: Any, monitor: Any) -> bool:
+        self._logger.log(3, "Local timing cache in use")
+        written.append((cache.directory / "build-tensorrt.log").read_text())
+        return False
+
+    monkeypatch.setattr("edgebert_runtime.testing.fake_tensorrt._Builder._report", end)
+    done = command()
+    assert done.exit_code == 1 and written == ["info: Local timing cache in use\n"]
+    assert "TensorRT's log: " in done.stderr and "The build was cancelled" in done.stderr
 
 
 def test_a_bundle_brings_engines_of_its_own(

@@ -453,7 +453,7 @@ def test_an_interrupt_ends_the_build_at_its_next_step(
     def interrupt(jobs: Any) -> None:
         raise KeyboardInterrupt  # as the main thread does on ^C, wherever it waits
 
-    monkeypatch.setattr("edgebert_runtime.tensorrt_build.wait", interrupt)
+    monkeypatch.setattr("concurrent.futures.wait", interrupt)
     reported = fake_tensorrt._Builder._report
 
     def report(self: Any, monitor: Any) -> bool:
