@@ -353,7 +353,7 @@ def engine(
         reason = "that compares an engine of each variant"
     if reason is not None:
         click.echo(f"not measured: {reason}", err=True)
-    elif known is not None and keys[known.variant] == known.engine:
+    elif known is not None and keys.get(known.variant) == known.engine:
         preference = known
     else:
         preference = engines.measure_and_remember(opened, keys, facts, cache)

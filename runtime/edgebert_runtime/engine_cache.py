@@ -220,14 +220,13 @@ class EngineCache:
         )
 
     def _make_room(self, keep: Path) -> None:
-        used = 0
-        paths = sorted(self.directory.glob("*.engine"), key=_last_use, reverse=True)
-        for path in sorted(paths, key=lambda path: path != keep):
-            kernels = path.with_suffix(".kernels")
-            used += path.stat().st_size + (kernels.stat().st_size if kernels.exists() else 0)
-            if used > self._limit_bytes and path != keep:
-                path.unlink()
-                kernels.unlink(missing_ok=True)
+        used = keep.stat().st_size
+        found = [*self.directory.glob("*.engine"), *self.directory.glob("*.kernels")]
+        for path in sorted(found, key=_last_use, reverse=True):
+            if path != keep:
+                used += path.stat().st_size
+                if used > self._limit_bytes:
+                    path.unlink()
 
 
 def _last_use(path: Path) -> float:

@@ -340,9 +340,10 @@ class _ContextMaker:
                 strategies.WHOLE_GRAPH_CAPTURE if use_graphs else strategies.DISABLED
             )
             self._cache = config.create_runtime_cache()
-            if runtime_cache is not None and runtime_cache.is_file():
+            if runtime_cache is not None:
                 # What another driver or GPU left is refused by the library, and made again.
-                self._cache.deserialize(runtime_cache.read_bytes())
+                with suppress(OSError):
+                    self._cache.deserialize(runtime_cache.read_bytes())
             config.set_runtime_cache(self._cache)
             self._how = config
 
@@ -356,10 +357,9 @@ class _ContextMaker:
         """Keeps the kernels that were compiled on this device; without them it compiles anew."""
         if self._cache is None or self._path is None:
             return
-        try:
+        with suppress(Exception):  # read-only or full, or TensorRT has none to give
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._path, bytes(self._cache.serialize()))
-        except Exception:  # read-only or full, or TensorRT has none to give
-            return
 
 
 def _tensors(trt: TensorRT, engine: Engine, profiles: Sequence[Profile]) -> list[_Tensor]:
