@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +35,8 @@ def cache_dir() -> Path:
 
 def write_whole(path: Path, *parts: bytes) -> None:
     """Writes a file so that others find all of it or what was there before. Raises ``OSError``."""
+    import tempfile  # few starts write anything
+
     handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
