@@ -1,6 +1,7 @@
 # Everything a person or CI runs. `make export` is the whole chain on the default recipe.
 RECIPE ?= examples/movie-sentiment.toml
 OUT    ?= build/$(basename $(notdir $(RECIPE)))
+BUNDLE ?= $(OUT)/bundle
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -34,8 +35,11 @@ types: install
 	$(BIN)/mypy
 	$(BIN)/python tools/check_tensorrt_types.py
 
-test-gpu: install
-	EDGEBERT_TEST_GPU=1 $(BIN)/pytest tests/gpu -ra -s
+# Needs edgebert-runtime and pytest alone. On a Jetson, take the environment that docs/jetson.md
+# makes, which sees JetPack's TensorRT: make test-gpu GPU_PYTHON=~/edgebert/bin/python BUNDLE=bundle
+test-gpu: $(if $(GPU_PYTHON),,install)
+	EDGEBERT_GPU_BUNDLE="$(BUNDLE)" $(or $(GPU_PYTHON),$(BIN)/python) -m pytest \
+	    --confcutdir=tests/gpu tests/gpu -s
 
 format: install
 	$(BIN)/ruff check --fix .

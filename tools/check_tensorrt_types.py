@@ -7,7 +7,7 @@ that they satisfy the protocols in ``edgebert_runtime.tensorrt_api``. ``tensorrt
 types as they are. The wheels of ``tensorrt`` bring the module alone: it is loaded over empty
 libraries that take the place of TensorRT's, and pybind11-stubgen reads the types off it.
 
-Needs a C compiler, as ``cc``, and binutils; without them, what needs them is left out aloud.
+Needs a C compiler, as ``cc``, and binutils; without them it fails, as not all was checked.
 What is downloaded is kept in the user's cache directory.
 """
 
@@ -41,12 +41,13 @@ _LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 
 
 def main() -> int:
-    """Checks every release; returns how many do not fit."""
+    """Checks every release; returns how many do not fit, or could not be checked."""
     failed = 0
     missing = [tool for tool in ("cc", "nm", "readelf") if shutil.which(tool) is None]
     for module, requirement in RELEASES:
         if missing and "stubs" not in requirement:
             print(f"{requirement}: not checked, as there is no {' and no '.join(missing)} here")
+            failed += 1
             continue
         types = cache_dir() / "tensorrt-types" / requirement.replace("==", "-")
         if not (types / f"{module}.pyi").exists():

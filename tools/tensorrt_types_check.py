@@ -23,10 +23,6 @@ def execution_context(found: tensorrt.IExecutionContext) -> api.ExecutionContext
     return found
 
 
-def host_memory(found: tensorrt.IHostMemory) -> api.HostMemory:
-    return found
-
-
 def network(found: tensorrt.INetworkDefinition) -> api.Network:
     return found
 

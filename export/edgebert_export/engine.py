@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -229,4 +230,5 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    _serve()
+    with suppress(KeyboardInterrupt):  # the process that waits gets it, too, and says so
+        _serve()

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from edgebert_runtime.bundle import Bundle
 
-__all__ = ["cache_dir", "is_known_whole", "remember_whole"]
+__all__ = ["cache_dir", "is_known_whole", "remember_whole", "write_whole"]
 
 _MOST_REMEMBERED = 256
 
@@ -30,6 +31,21 @@ def cache_dir() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("edgebert")
+
+
+def write_whole(path: Path, *parts: bytes) -> None:
+    """Writes a file so that others find all of it or what was there before. Raises ``OSError``."""
+    import tempfile  # few starts write anything
+
+    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.writelines(parts)
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
 
 
 def is_known_whole(bundle: Bundle) -> bool:

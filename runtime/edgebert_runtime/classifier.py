@@ -7,7 +7,8 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -193,11 +194,13 @@ class Classifier:
         def start_worker_session() -> Session:
             return OnnxSession(bundle.read(choice.variant.model), intra_op_threads=1)
 
-        def on_cpu() -> Choice:
-            return choose(bundle.manifest, facts, "cpu", variant)
+        def choose_again(failed: Mapping[str, str]) -> Choice:
+            return choose_for(
+                bundle, facts, device, variant, build_engine=build_engine, failed=failed
+            )
 
         encoder = encoder_for(bundle)
-        session, choice = _start_session(choice, start, on_cpu if device == "auto" else None)
+        session, choice = _start_session(choice, start, choose_again if device == "auto" else None)
         if rest is not None:
             try:
                 rest.join_or_raise()
@@ -456,10 +459,11 @@ def choose_for(
     variant: str | None = None,
     *,
     build_engine: bool = False,
+    failed: Mapping[str, str] = MappingProxyType({}),
 ) -> Choice:
     """Chooses what of a bundle runs on this machine; see ``choose`` for what it raises."""
     if not facts.tensorrt:
-        return choose(bundle.manifest, facts, device, variant, build_engine=build_engine)
+        return choose(bundle.manifest, facts, device, variant, failed=failed)
     from edgebert_runtime.engine_cache import EngineCache
     from edgebert_runtime.engines import available_engines, preferred_variants
 
@@ -471,6 +475,7 @@ def choose_for(
         variant,
         engines=available_engines(bundle, cache),
         preferred=preferred_variants(bundle, cache, facts),
+        failed=failed,
         build_engine=build_engine,
     )
 
@@ -509,19 +514,25 @@ def _warn(message: str, *args: object) -> None:
 
 
 def _start_session(
-    choice: Choice, start: Callable[[Choice], Session], fallback: Callable[[], Choice] | None
+    choice: Choice,
+    start: Callable[[Choice], Session],
+    choose_again: Callable[[Mapping[str, str]], Choice] | None,
 ) -> tuple[Session, Choice]:
-    """Starts what was chosen; if that fails and there is a fallback, takes it, loudly."""
-    try:
-        return start(choice), choice
-    except DeviceError as exc:
-        if fallback is None or choice.device == "cpu":
-            raise
-        reason = f"{choice.device}: {exc}"
-        second = fallback()
-        _warn("falling back to the CPU, variant %s: %s", second.variant.name, reason)
-        second = Choice("cpu", second.variant, (*choice.passed_over, reason))
-        return start(second), second
+    """Starts what was chosen; if that fails and there may be another choice, takes it, loudly."""
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            return start(choice), choice
+        except DeviceError as exc:
+            if choose_again is None:
+                raise
+            failed[choice.device] = str(exc)
+        # Out of the except clause, so that what the exception holds on to is freed.
+        first, choice = choice.device, choose_again(failed)
+        _warn(
+            "falling back to %s, variant %s: %s: %s",
+            choice.device, choice.variant.name, first, failed[first],
+        )  # fmt: skip
 
 
 def _check_belongs(session: OnnxSession | TensorRTSession, bundle: Bundle) -> None:

@@ -10,7 +10,8 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
 import click
 import msgspec
@@ -244,7 +245,13 @@ def bench(
         inputs = [_split_pair(line) if pairs else line for line in lines]
         timing = measure({name: clf}, inputs, repeats=repeats)[name]
         if as_json:
-            row = {"variant": name, "device": clf.choice.device, **msgspec.to_builtins(timing)}
+            jetson = gather_facts("cpu").jetson
+            row = {
+                "variant": name,
+                "device": clf.choice.device,
+                "power_mode": jetson.power_mode if jetson else None,
+                **msgspec.to_builtins(timing),
+            }
             click.echo(msgspec.json.encode(row))
             return
         click.echo(
@@ -279,7 +286,7 @@ def inspect(bundle: str, as_json: bool) -> None:
     for built in manifest.engines:
         click.echo(
             f"engine of {built.variant}: {sizes[built.path] / 1e6:.1f} MB, TensorRT-RTX "
-            f"{built.version}, {built.platform}"
+            f"{printable(built.version)}, {printable(built.platform)}"
         )
     click.echo(f"digest: {opened.digest} (every file checked)")
 
@@ -319,8 +326,7 @@ def engine(
     usable = [name for name in FLAVOURS if unusable(name, facts, building=True) is None]
     chosen: Flavour = flavour or (usable or FLAVOURS)[0]
     cache = EngineCache()
-    log_path = cache.directory / f"build-{chosen}.log"
-    lines: list[str] = []
+    log = _BuildLog(cache.directory / f"build-{chosen}.log")
     try:
         keys = engines.build_engines(
             opened,
@@ -334,20 +340,25 @@ def engine(
                 hardware_compatible=hardware_compatible,
             ),
             force=force,
-            log=lines.append,
+            log=log,
             say=lambda line: click.echo(line, err=True),
             on_progress=_StepCounter(),
         )
     finally:
-        if lines:
-            log_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            click.echo(f"TensorRT's log: {log_path}", err=True)
+        log.close()
+    known = None if force else engines.read_preference(opened, chosen, facts, cache)
     preference = None
     reason = unusable(chosen, facts)
+    if reason is None and len(keys) < len(engines.variants_for(opened.manifest, chosen)):
+        reason = "that compares an engine of each variant"
     if reason is not None:
         click.echo(f"not measured: {reason}", err=True)
+    elif known is not None and keys.get(known.variant) == known.engine:
+        preference = known
     else:
         preference = engines.measure_and_remember(opened, keys, facts, cache)
+        for name in keys.keys() - {timing.variant for timing in preference.timings}:
+            click.echo(f"{name}: its answers are not finite numbers; it is not used", err=True)
     if as_json:
         click.echo(msgspec.json.encode({"engines": keys, "preference": preference}))
         return
@@ -360,6 +371,24 @@ def engine(
                 f"{timing.variant}, {shape}: p50 {timing.p50_ms:.2f} ms, p99 {timing.p99_ms:.2f} ms"
             )
         click.echo(f"preferred: {preference.variant}")
+
+
+class _BuildLog:
+    """Writes each line at once, since a build that is killed is the one whose log is needed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: TextIO | None = None
+
+    def __call__(self, line: str) -> None:
+        if self._stream is None:
+            self._stream = self._path.open("w", encoding="utf-8", buffering=1)
+        self._stream.write(f"{line}\n")
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            click.echo(f"TensorRT's log: {self._path}", err=True)
 
 
 class _StepCounter:
@@ -389,17 +418,28 @@ def doctor(bundle: str | None, as_json: bool) -> None:
     from edgebert_runtime.bundle import Bundle
     from edgebert_runtime.classifier import choose_for
 
+    opened = None if bundle is None else Bundle.open(bundle)
     facts = gather_facts(look_for_gpu=True)
-    choice = None if bundle is None else choose_for(Bundle.open(bundle), facts)
+    choice, fault = None, None
+    if opened is not None:
+        try:
+            choice = choose_for(opened, facts)
+        except EdgebertError as exc:
+            fault = exc
     if as_json:
-        click.echo(msgspec.json.encode({"facts": facts, "choice": choice}))
-        return
-    for line in _described(facts):
-        click.echo(printable(line))
-    if choice is not None:
-        click.echo(f"would run: {choice.variant.name} on {choice.device}")
-        for reason in choice.passed_over:
-            click.echo(f"passed over: {printable(reason)}")
+        said = None if fault is None else str(fault)
+        click.echo(msgspec.json.encode({"facts": facts, "choice": choice, "fault": said}))
+    else:
+        for line in _described(facts):
+            click.echo(printable(line))
+        if choice is not None:
+            click.echo(f"would run: {choice.variant.name} on {choice.device}")
+            for reason in choice.passed_over:
+                click.echo(f"passed over: {printable(reason)}")
+        if fault is not None:
+            click.echo(f"would run: nothing: {printable(str(fault))}")
+    if fault is not None:
+        sys.exit(fault.exit_code)
 
 
 def _described(facts: DeviceFacts) -> Iterator[str]:

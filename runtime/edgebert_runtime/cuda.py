@@ -62,7 +62,7 @@ class Cuda:
             raise DeviceError("the NVIDIA driver finds no GPU")
         self._device = self._call("cuDeviceGet", _DEVICE)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        self._held.callback(self._call, "cuDevicePrimaryCtxRelease", self._device)
+        self._closed = False
 
     def _call(self, name: str, *args: Any) -> Any:
         """Calls a driver function; returns its result, without the status.
@@ -144,30 +144,15 @@ class Cuda:
         self._held.callback(self._call, "cuStreamDestroy", handle)
         return Stream(self._call, handle, self._driver)
 
-    def on_close(self, action: Callable[[], None]) -> None:
-        """Has ``close`` call ``action`` before it frees what was allocated so far."""
-        self._held.callback(action)
-
     def close(self) -> None:
         """Frees everything; a second call does nothing."""
-        held = self._held.pop_all()
-        try:
-            self._call("cuCtxPushCurrent", self._context)
-        except DeviceError:  # the process or the driver is going down: nothing is left to free
-            held.pop_all()
+        if self._closed:
             return
-        pushed = True
-
-        def pop() -> None:
-            nonlocal pushed
-            if pushed:
-                self._call("cuCtxPopCurrent")
-                pushed = False
-
-        try:
-            held.close()
-        finally:
-            pop()
+        self._closed = True
+        with ExitStack() as last:  # in reverse; if the GPU is lost, its context goes all the same
+            last.callback(self._call, "cuDevicePrimaryCtxRelease", self._device)
+            last.enter_context(self.current())
+            last.callback(self._held.close)
 
     def __enter__(self) -> Cuda:
         return self

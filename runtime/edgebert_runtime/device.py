@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -68,7 +69,8 @@ def choose(
     variant: str | None = None,
     *,
     engines: Collection[EngineKey] = (),
-    preferred: Collection[str] = (),
+    preferred: Mapping[str, str] = MappingProxyType({}),
+    failed: Mapping[str, str] = MappingProxyType({}),
     build_engine: bool = False,
 ) -> Choice:
     """Chooses a device and a variant.
@@ -82,7 +84,8 @@ def choose(
         device: One of ``DEVICES``.
         variant: Name of the variant to run, instead of the device's best.
         engines: Those that are there, in the bundle and in the cache.
-        preferred: Variants that were measured to be the fastest here, and come first.
+        preferred: The variant that was measured to be the fastest here, by device; it comes first.
+        failed: Why a device that was chosen before did not start, by device.
         build_engine: Whether TensorRT may be chosen without an engine, to build one.
 
     Raises:
@@ -94,7 +97,6 @@ def choose(
     if device not in DEVICES:
         raise InputError(f"device {device!r} is not one of {', '.join(DEVICES)}")
     candidates = manifest.variants if variant is None else (manifest.variant(variant),)
-    candidates = tuple(sorted(candidates, key=lambda item: item.name not in preferred))
     on_onnxruntime = {"cpu", "cuda"}
     if device in on_onnxruntime and not any(on_onnxruntime & set(c.devices) for c in candidates):
         others = [item.name for item in manifest.variants if device in item.devices]
@@ -105,10 +107,13 @@ def choose(
     passed_over: list[str] = []
     for name in _BEST_FIRST if device == "auto" else [n for n in _BEST_FIRST if n == device]:
         fitting = [candidate for candidate in candidates if name in candidate.devices]
+        fitting.sort(key=lambda item: item.name != preferred.get(name))
         if name in {"tensorrt", "rtx"} and device == "auto" and name not in facts.tensorrt:
             continue  # nobody who did not install it wants to hear of it
         if not fitting:
             passed_over.append(f"{name}: {_NO_VARIANT}{_hint(candidates, variant)}")
+        elif name in failed:
+            passed_over.append(f"{name}: {failed[name]}")
         elif name == "tensorrt" or name == "rtx":
             found = _with_engine(
                 manifest, facts, name, fitting, engines=engines, build_engine=build_engine
@@ -124,7 +129,7 @@ def choose(
         else:
             return Choice(device=name, variant=fitting[0], passed_over=tuple(passed_over))
     if facts.onnxruntime_fault is not None and device not in {"tensorrt", "rtx"}:
-        others = [reason for reason in passed_over if reason.startswith(("tensorrt", "rtx"))]
+        others = [r for r in passed_over if r.startswith(("tensorrt", "rtx", *failed))]
         raise MissingExtraError("; ".join([facts.onnxruntime_fault, *others]))
     raise DeviceError("no way to run this bundle here: " + "; ".join(passed_over))
 
@@ -148,8 +153,9 @@ def _with_engine(
         return "the bundle lists no shapes to build an engine for: export it anew"
     wanted = {v.name: wanted_key(manifest, v, flavour, facts) for v in variants}
     for variant in variants:
-        for engine in engines:
-            if engine.flavour == flavour and difference(engine, wanted[variant.name]) is None:
+        exact = wanted[variant.name]  # what was built to serve other machines, too, is slower
+        for engine in sorted(engines, key=lambda engine: engine != exact):
+            if engine.flavour == flavour and difference(engine, exact) is None:
                 return Choice(flavour, variant, (), engine)
     if build_engine:
         return Choice(flavour, variants[0], (), wanted[variants[0].name], engine_missing=True)

@@ -18,11 +18,12 @@ from edgebert_runtime.tensorrt_build import BuildOptions
 
 __all__ = ["EngineKey", "bundled_keys", "difference", "unusable", "wanted_key"]
 
-_RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
-"""GPUs that TensorRT for RTX 1.7 supports (its support matrix); Orin's 8.7 is none of them."""
+_RTX_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+"""GPUs that an engine of TensorRT for RTX 1.7 runs on (its support matrix); Orin's 8.7 is none of
+them. Turing (7.5) would need an engine that is built for it alone, so it is served by TensorRT."""
 _RTX_PLATFORMS = {("linux", "x86_64"), ("win32", "amd64")}
 _OLDEST_CAPABILITY = (7, 5)
-"""GPUs from Turing on; TensorRT dropped Volta with 10.5, and JetPack's 10.3 runs on Orin alone."""
+"""GPUs from Turing on: TensorRT dropped Volta with 10.5, and edgebert does so for all of them."""
 _AMPERE = 8
 
 
@@ -109,8 +110,9 @@ def bundled_keys(manifest: Manifest) -> dict[EngineKey, EngineEntry]:
 def difference(found: EngineKey, wanted: EngineKey) -> str | None:
     """Says why an engine of the same flavour cannot be used; ``None`` if it can.
 
-    An engine that was built to be compatible serves later releases of the same major version, or
-    every GPU from Ampere on.
+    An engine that was built to be compatible serves later releases of the same major version
+    (where the lean runtime of its own release is installed, too: TensorRT looks for it when the
+    engine is loaded), or every GPU from Ampere on.
     """
     if not (
         found.platform == wanted.platform
@@ -161,13 +163,13 @@ def unusable(flavour: Flavour, facts: DeviceFacts, *, building: bool = False) ->
         if gpu.compute_capability not in _RTX_CAPABILITIES:
             known = ", ".join(f"{major}.{minor}" for major, minor in _RTX_CAPABILITIES)
             return (
-                f"TensorRT-RTX {version} supports compute capabilities {known}, found {gpu.name} "
-                f"with {capability}"
+                f"engines for TensorRT-RTX {version} run on compute capabilities {known}, found "
+                f"{gpu.name} with {capability}"
             )
     elif gpu.compute_capability < _OLDEST_CAPABILITY:
         oldest = ".".join(map(str, _OLDEST_CAPABILITY))
         return (
-            f"TensorRT {version} needs compute capability {oldest} or newer, found {gpu.name} "
+            f"edgebert needs compute capability {oldest} or newer for TensorRT, found {gpu.name} "
             f"with {capability}"
         )
     if _release(version) < (10, 3) and flavour == "tensorrt":
@@ -183,5 +185,5 @@ def unusable(flavour: Flavour, facts: DeviceFacts, *, building: bool = False) ->
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Major and minor of a version."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    """The numbers of a version."""
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

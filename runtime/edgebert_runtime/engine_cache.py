@@ -1,13 +1,14 @@
 """Engines in the user's cache directory: found by key, checked before use, built by one process.
 
-An entry is a directory named by its key's digest, written whole and renamed into place::
+An engine is a file named by its key's digest, renamed into place when it is whole::
 
-    engines/<digest>/engine        the serialised engine
-    engines/<digest>/entry.json    its key, size and SHA-256, and what was measured of it
-    engines/<digest>/runtime.cache kernels that TensorRT for RTX compiled on this device
-    engines/<digest>.lock          held while it is built
+    engines/<digest>.engine        a line of JSON (its key, size and SHA-256), and the engine
+    engines/<digest>.kernels       kernels that TensorRT for RTX compiled for it on this device
     engines/timing-<digest>.cache  TensorRT's timing cache, by TensorRT and GPU
     engines/preferred-<…>.json     which variant of a bundle was measured to be the fastest
+    engines/lock                   held by the process that builds
+
+One engine is built at a time, whatever it is: two builds would spoil each other's timings.
 
 Whoever can write there can run code as this user, as with any cache of programs: engines are
 executable. What is checked is that an entry is what was written: not cut, not altered, of this key.
@@ -17,23 +18,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from edgebert_runtime.cache import cache_dir
+from edgebert_runtime.cache import cache_dir, write_whole
 from edgebert_runtime.engine import EngineKey
-from edgebert_runtime.errors import DeviceError
+from edgebert_runtime.errors import DeviceError, InputError
 
 __all__ = ["CachedEngine", "EngineCache"]
 
-_ENGINE, _ENTRY, _RUNTIME_CACHE = "engine", "entry.json", "runtime.cache"
+_LIMIT = "EDGEBERT_ENGINE_CACHE_MIB"
 _DEFAULT_LIMIT_MIB = 8192
 _MIB = 2**20
+_LONGEST_LINE = 65536
+_HASH_BYTES = 32
 
 
 class CachedEngine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,23 +64,33 @@ class EngineCache:
         directory: Where; the user's cache directory if left out.
         limit_mib: How much room they may take; the environment's ``EDGEBERT_ENGINE_CACHE_MIB``
             if left out, or 8 GiB. What was not used for longest goes first.
+
+    Raises:
+        InputError: The environment's limit is no number.
     """
 
     def __init__(self, directory: Path | None = None, *, limit_mib: int | None = None) -> None:
-        self.directory = directory or cache_dir() / "engines"
+        if directory is None:
+            try:
+                directory = cache_dir() / "engines"
+            except RuntimeError:  # a user without a home: nothing is found, nothing can be kept
+                directory = Path(os.devnull) / "engines"
+        self.directory = directory
         if limit_mib is None:
-            given = os.environ.get("EDGEBERT_ENGINE_CACHE_MIB", "")
-            limit_mib = int(given) if given.isdigit() else _DEFAULT_LIMIT_MIB
+            given = os.environ.get(_LIMIT) or str(_DEFAULT_LIMIT_MIB)
+            if not given.isdecimal():
+                raise InputError(f"{_LIMIT} is {given!r}; it must be a number of MiB, as 8192 is")
+            limit_mib = int(given)
         self._limit_bytes = limit_mib * _MIB
 
     def entries(self) -> list[CachedEngine]:
         """Lists what is there, the last used first; what cannot be read is no entry."""
-        try:
-            found = [path for path in self.directory.iterdir() if (path / _ENTRY).is_file()]
-        except OSError:
-            return []
-        dated = sorted(found, key=_last_use, reverse=True)
+        dated = sorted(self.directory.glob("*.engine"), key=_last_use, reverse=True)
         return [entry for path in dated if (entry := _read_entry(path)) is not None]
+
+    def has(self, key: EngineKey) -> bool:
+        """Whether an engine is there, as far as can be told without reading all of it."""
+        return _read_entry(self._path(key)) is not None
 
     def read(self, key: EngineKey) -> bytes:
         """Returns an engine's bytes, which have just been checked.
@@ -87,24 +98,27 @@ class EngineCache:
         Raises:
             DeviceError: It is not there, or is not what was written; then it is removed.
         """
-        place = self.directory / key.digest
-        entry = _read_entry(place)
-        if entry is None:
-            raise DeviceError(f"no engine for {key} is in {self.directory}")
+        path = self._path(key)
         try:
-            data = (place / _ENGINE).read_bytes()
+            with path.open("rb") as stream:
+                entry = _decoded(stream.readline(_LONGEST_LINE))
+                data = stream.read()
+        except FileNotFoundError:
+            raise DeviceError(f"no engine for {key} is in {self.directory}") from None
         except OSError as exc:
-            raise DeviceError(f"{place / _ENGINE} cannot be read: {exc}") from exc
-        sha256 = hashlib.sha256(data).hexdigest()
-        if entry.key != key or len(data) != entry.size_bytes or sha256 != entry.sha256:
-            shutil.rmtree(place, ignore_errors=True)
+            raise DeviceError(f"{path} cannot be read: {exc}") from exc
+        if entry is None or entry.key != key or hashlib.sha256(data).hexdigest() != entry.sha256:
+            from filelock import FileLock
+
+            # While another process builds, it may have written another one by now: it stays.
+            with suppress(OSError), FileLock(self.directory / "lock", timeout=0):
+                path.unlink()
             raise DeviceError(
-                f"the engine in {place} was altered ({len(data)} bytes, sha256 {sha256[:12]}…; it "
-                f"was written with {entry.size_bytes}, {entry.sha256[:12]}…): it is removed, build "
-                "it again"
+                f"the engine {path} was altered: it is not what was written there, and is removed; "
+                "build it again"
             )
         with suppress(OSError):  # a cache that cannot be written to keeps its order
-            os.utime(place)
+            os.utime(path)
         return data
 
     def write(
@@ -129,87 +143,113 @@ class EngineCache:
             seconds=seconds,
             power_mode=power_mode,
         )
+        path = self._path(key)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=f"{key.digest}.part-", dir=self.directory))
-            try:
-                (part / _ENGINE).write_bytes(engine)
-                (part / _ENTRY).write_bytes(msgspec.json.encode(entry))
-                place = self.directory / key.digest
-                shutil.rmtree(place, ignore_errors=True)
-                part.rename(place)
-            except BaseException:
-                shutil.rmtree(part, ignore_errors=True)
-                raise
+            write_whole(path, msgspec.json.encode(entry), b"\n", engine)
         except OSError as exc:
-            raise DeviceError(
-                f"the engine cannot be kept in {self.directory}: {exc.strerror}; make room, or set "
-                "EDGEBERT_CACHE_DIR"
-            ) from exc
-        self._make_room(key.digest)
+            raise self._unwritable(exc) from exc
+        with suppress(OSError):
+            self._make_room(path)
         return entry
 
     @contextmanager
-    def building(self, key: EngineKey) -> Iterator[bool]:
-        """Keeps other processes from building the same engine; waits while one does.
+    def building(
+        self, key: EngineKey, say: Callable[[str], None] = lambda line: None
+    ) -> Iterator[bool]:
+        """Keeps other processes from building; waits while one does, and says so.
 
         Yields:
-            Whether it is still to be built: ``False`` if another process has done so meanwhile.
+            Whether the engine is still to be built: ``False`` if there is one.
 
         Raises:
             DeviceError: The directory cannot be written to.
         """
-        from filelock import FileLock
+        from filelock import FileLock, Timeout  # few starts need it, and it is slow to import
 
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.directory / f"{key.digest}.lock")
-            lock.acquire()
+            lock = FileLock(self.directory / "lock")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                say("waiting for another process, which builds an engine")
+                lock.acquire()
         except OSError as exc:
-            raise DeviceError(
-                f"engines cannot be kept in {self.directory}: {exc.strerror}; set "
-                "EDGEBERT_CACHE_DIR"
-            ) from exc
+            raise self._unwritable(exc) from exc
         try:
-            for part in self.directory.glob(f"{key.digest}.part-*"):  # of a process that was ended
-                shutil.rmtree(part, ignore_errors=True)
-            yield _read_entry(self.directory / key.digest) is None
+            for part in self.directory.glob("*.part"):  # of a process that was ended
+                part.unlink(missing_ok=True)
+            yield not self.has(key)
         finally:
             lock.release()
 
-    def runtime_cache(self, key: EngineKey) -> Path:
+    def kernels(self, key: EngineKey) -> Path:
         """Where the kernels that were compiled for an engine on this device are kept."""
-        place = self.directory / key.digest
-        place.mkdir(parents=True, exist_ok=True)
-        return place / _RUNTIME_CACHE
+        return self._path(key).with_suffix(".kernels")
 
     def preference(self, digest: str, flavour: str) -> Path:
         """Where it is kept which variant of a bundle was measured to be the fastest here."""
         return self.directory / f"preferred-{flavour}-{digest[:32]}.json"
 
-    def timing_cache(self, key: EngineKey) -> Path:
-        """Where TensorRT's timings for this TensorRT and GPU are kept."""
+    def read_timings(self, key: EngineKey) -> bytes | None:
+        """Returns TensorRT's timing cache for this TensorRT and GPU; ``None`` if there is none."""
+        try:
+            stored = self._timings(key).read_bytes()
+        except OSError:
+            return None
+        data = stored[_HASH_BYTES:]
+        return data if hashlib.sha256(data).digest() == stored[:_HASH_BYTES] else None
+
+    def write_timings(self, key: EngineKey, data: bytes) -> None:
+        """Keeps TensorRT's timing cache; if that cannot be, the next build measures anew."""
+        with suppress(OSError):
+            write_whole(self._timings(key), hashlib.sha256(data).digest(), data)
+
+    def _path(self, key: EngineKey) -> Path:
+        return self.directory / f"{key.digest}.engine"
+
+    def _timings(self, key: EngineKey) -> Path:
         name = hashlib.sha256(str((key.version, key.platform, key.compute_capability)).encode())
         return self.directory / f"timing-{name.hexdigest()[:16]}.cache"
 
-    def _make_room(self, keep: str) -> None:
-        kept = 0
-        places = [path for path in self.directory.iterdir() if path.is_dir() and not path.suffix]
-        for place in sorted(places, key=lambda path: (path.name == keep, _last_use(path)))[::-1]:
-            kept += sum(file.stat().st_size for file in place.iterdir())
-            if kept > self._limit_bytes and place.name != keep:
-                shutil.rmtree(place, ignore_errors=True)
+    def _unwritable(self, exc: OSError) -> DeviceError:
+        return DeviceError(
+            f"engines cannot be kept in {self.directory}: {exc.strerror}; make room, or set "
+            "EDGEBERT_CACHE_DIR"
+        )
+
+    def _make_room(self, keep: Path) -> None:
+        used = keep.stat().st_size
+        found = [*self.directory.glob("*.engine"), *self.directory.glob("*.kernels")]
+        for path in sorted(found, key=_last_use, reverse=True):
+            if path != keep:
+                used += path.stat().st_size
+                if used > self._limit_bytes:
+                    path.unlink()
 
 
-def _last_use(place: Path) -> float:
+def _last_use(path: Path) -> float:
     try:
-        return place.stat().st_mtime
+        return path.stat().st_mtime
     except OSError:
         return 0.0
 
 
-def _read_entry(place: Path) -> CachedEngine | None:
+def _read_entry(path: Path) -> CachedEngine | None:
+    """Reads what is known of an engine; ``None`` if there is none, or not all of it."""
     try:
-        return msgspec.json.decode((place / _ENTRY).read_bytes(), type=CachedEngine)
-    except (OSError, msgspec.DecodeError, ValueError):
+        with path.open("rb") as stream:
+            line = stream.readline(_LONGEST_LINE)
+            size = stream.seek(0, os.SEEK_END) - len(line)
+    except OSError:
+        return None
+    entry = _decoded(line)
+    return entry if entry is not None and entry.size_bytes == size else None
+
+
+def _decoded(line: bytes) -> CachedEngine | None:
+    try:
+        return msgspec.json.decode(line, type=CachedEngine)
+    except ValueError:  # msgspec's errors are, too
         return None

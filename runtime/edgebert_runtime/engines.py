@@ -5,19 +5,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from edgebert_runtime.cache import write_whole
 from edgebert_runtime.cuda import Cuda
 from edgebert_runtime.engine import EngineKey, bundled_keys, unusable, wanted_key
 from edgebert_runtime.engine_cache import CachedEngine, EngineCache
-from edgebert_runtime.errors import BundleError, DeviceError
-from edgebert_runtime.manifest import Profile, Variant
-from edgebert_runtime.tensorrt_api import Flavour, import_tensorrt
+from edgebert_runtime.errors import BundleError, DeviceError, InputError
+from edgebert_runtime.manifest import Manifest, Profile, Variant
+from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour, import_tensorrt
 from edgebert_runtime.tensorrt_build import BuildOptions, build_engine, needed_memory_bytes
 from edgebert_runtime.tensorrt_session import TensorRTSession
 
@@ -35,13 +37,18 @@ __all__ = [
     "measure_engines",
     "open_engine",
     "preferred_variants",
+    "read_preference",
     "remember_preference",
+    "variants_for",
 ]
 
 _MIB = 2**20
 _ROUNDS = 30
 _WARM_UP = 5
 _SEED = 7
+_MOST_DIFFERENCE = 0.2
+"""Mean difference of engines' tanh(logits): 0.01 between INT8 and FP16 of the example's model in
+ONNX Runtime, 0.6 between either and an engine that answers zeros."""
 
 
 class EngineTiming(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,21 +88,34 @@ def available_engines(bundle: Bundle, cache: EngineCache) -> list[EngineKey]:
     return [*bundled_keys(bundle.manifest), *(entry.key for entry in cache.entries())]
 
 
-def preferred_variants(bundle: Bundle, cache: EngineCache, facts: DeviceFacts) -> list[str]:
-    """Lists the variants that were measured to be the fastest on this machine."""
-    found = []
-    for flavour in facts.tensorrt:
-        try:
-            data = cache.preference(bundle.digest, flavour).read_bytes()
-            preference = msgspec.json.decode(data, type=Preference)
-            variant = bundle.manifest.variant(preference.variant)
-            wanted = wanted_key(bundle.manifest, variant, preference.engine.flavour, facts)
-        except (OSError, msgspec.DecodeError, ValueError, BundleError, AssertionError):
-            continue  # never measured, or of another bundle
-        same = ("flavour", "version", "platform", "compute_capability")
-        if all(getattr(preference.engine, name) == getattr(wanted, name) for name in same):
-            found.append(preference.variant)
-    return found
+def variants_for(manifest: Manifest, flavour: Flavour) -> list[Variant]:
+    """Lists the variants of a bundle that are for a flavour of TensorRT."""
+    return [variant for variant in manifest.variants if flavour in variant.devices]
+
+
+def read_preference(
+    bundle: Bundle, flavour: Flavour, facts: DeviceFacts, cache: EngineCache
+) -> Preference | None:
+    """Returns what was measured of a bundle on this machine, as it is now; ``None`` if nothing."""
+    if unusable(flavour, facts) is not None:
+        return None
+    try:
+        data = cache.preference(bundle.digest, flavour).read_bytes()
+        preference = msgspec.json.decode(data, type=Preference)
+        variant = bundle.manifest.variant(preference.variant)
+    except (OSError, ValueError, BundleError):  # never measured, or not written by this edgebert
+        return None
+    wanted = wanted_key(bundle.manifest, variant, flavour, facts)
+    same = ("flavour", "version", "platform", "compute_capability", "model_sha256")
+    if any(getattr(preference.engine, name) != getattr(wanted, name) for name in same):
+        return None
+    return preference
+
+
+def preferred_variants(bundle: Bundle, cache: EngineCache, facts: DeviceFacts) -> dict[str, str]:
+    """Returns the variant that was measured to be the fastest on this machine, by flavour."""
+    found = {flavour: read_preference(bundle, flavour, facts, cache) for flavour in FLAVOURS}
+    return {flavour: preference.variant for flavour, preference in found.items() if preference}
 
 
 def build_engines(
@@ -133,14 +153,20 @@ def build_engines(
         Keys of the engines, by variant.
 
     Raises:
+        InputError: The flavour does not have these options.
         DeviceError: This machine cannot build them, or has too little memory free.
         BundleError: The bundle has nothing to build them from, or TensorRT does not take it.
     """
     options = options or BuildOptions()
+    if flavour == "rtx" and (options.version_compatible or options.hardware_compatible):
+        raise InputError(
+            "engines for TensorRT-RTX run on every GPU that it supports, and never with another "
+            "release of it: leave out --version-compatible and --hardware-compatible"
+        )
     reason = unusable(flavour, facts, building=True)
     if reason is not None:
         raise DeviceError(f"{flavour}: {reason}")
-    chosen = variants or [v for v in bundle.manifest.variants if flavour in v.devices]
+    chosen = variants or variants_for(bundle.manifest, flavour)
     if not chosen or not bundle.manifest.profiles:
         raise BundleError(f"{bundle.path}: the bundle has no model to build {flavour} engines from")
     for variant in chosen:
@@ -155,25 +181,20 @@ def build_engines(
         if key in bundled_keys(bundle.manifest) and not force:
             say(f"{variant.name}: the bundle brings an engine for {key}")
             continue
-        with cache.building(key) as needed:
+        with cache.building(key, say) as needed:
             if not (needed or force):
                 say(f"{variant.name}: there is an engine for {key} already")
                 continue
             model = bundle.read(variant.model)
-            _check_memory(len(model), options, (available_bytes or _available_bytes)())
+            _check_memory(len(model), flavour, options, facts, (available_bytes or _available)())
             say(f"{variant.name}: building for {key}")
-            timing = cache.timing_cache(key)
-            try:
-                known = timing.read_bytes()
-            except OSError:
-                known = None
             built = build_engine(
                 module,
                 flavour,
                 model,
                 key.profiles,
                 options,
-                timing_cache=known,
+                timing_cache=cache.read_timings(key),
                 log=log,
                 on_progress=on_progress,
             )
@@ -185,20 +206,27 @@ def build_engines(
                 power_mode=facts.jetson.power_mode if facts.jetson else None,
             )
             if built.timing_cache is not None:
-                _keep(timing, built.timing_cache)
+                cache.write_timings(key, built.timing_cache)
             say(f"{variant.name}: {_described(entry)}")
     return found
 
 
 def open_engine(
-    bundle: Bundle, key: EngineKey, cache: EngineCache, *, trt: Any = None, driver: Any = None
+    bundle: Bundle,
+    key: EngineKey,
+    cache: EngineCache,
+    *,
+    use_graphs: bool = True,
+    trt: Any = None,
+    driver: Any = None,
 ) -> TensorRTSession:
     """Opens the engine of a key, after checking every byte of it.
 
     Args:
         bundle: That brings it, or whose model it was built from.
         key: Of the engine.
-        cache: Where it is, if the bundle does not bring it.
+        cache: Where it is; what was built here comes before what the bundle brings.
+        use_graphs: Whether to record CUDA graphs.
         trt: The flavour's module; it is imported if left out.
         driver: The CUDA driver; it is imported if left out.
 
@@ -207,27 +235,41 @@ def open_engine(
         DeviceError: The one in the cache was, or this machine cannot load it.
         MissingExtraError: TensorRT or cuda-bindings is not installed.
     """
-    entry = bundled_keys(bundle.manifest).get(key)
-    data = cache.read(key) if entry is None else bundle.read(entry.path)
-    module = import_tensorrt(key.flavour) if trt is None else trt
-    runtime_cache = cache.runtime_cache(key) if key.flavour == "rtx" else None
+    brought = bundled_keys(bundle.manifest).get(key)
+    data = cache.read(key) if brought is None or cache.has(key) else bundle.read(brought.path)
+    module: Any = import_tensorrt(key.flavour) if trt is None else trt
+    earlier = key.flavour == "tensorrt" and key.version != module.__version__
     return TensorRTSession(
-        module, key.flavour, data, key.profiles, Cuda(driver), runtime_cache=runtime_cache
+        module,
+        key.flavour,
+        data,
+        key.profiles,
+        Cuda(driver),
+        use_graphs=use_graphs,
+        runtime_cache=cache.kernels(key) if key.flavour == "rtx" else None,
+        lean_runtime=f"libnvinfer_lean.so.{key.version.rpartition('.')[0]}" if earlier else None,
     )
 
 
 def measure_engines(
-    sessions: dict[str, TensorRTSession], profiles: Sequence[Profile], vocabulary: int = 1000
+    sessions: dict[str, TensorRTSession], profiles: Sequence[Profile], vocabulary: int
 ) -> list[EngineTiming]:
     """Times engines side by side, each profile at the shape it is fastest at, in turns.
+
+    An engine whose answers are not finite numbers (FP16 that overflows, say) gets no timing.
 
     Args:
         sessions: By variant.
         profiles: Shapes.
         vocabulary: Token ids are below it; what they are makes no difference to the time.
+
+    Raises:
+        DeviceError: No engine's answers are finite, or they differ from one engine to the other:
+            nobody can tell which of them is right.
     """
     random = np.random.default_rng(_SEED)
-    timings = []
+    taken: dict[tuple[str, Profile], list[float]] = {}
+    answers: dict[str, list[NDArray[Any]]] = {name: [] for name in sessions}
     for profile in profiles:
         shape = (profile.opt_batch, profile.opt_seq)
         batch = {
@@ -235,24 +277,44 @@ def measure_engines(
             "attention_mask": np.ones(shape, dtype=np.int64),
             "token_type_ids": np.zeros(shape, dtype=np.int64),
         }
-        taken: dict[str, list[float]] = {name: [] for name in sessions}
         for turn in range(_WARM_UP + _ROUNDS):
             for name, session in sessions.items():
                 inputs = {key: batch[key] for key in session.input_names}
                 start = time.perf_counter()
-                session.run(inputs)
+                found = session.run(inputs)["logits"]
                 if turn >= _WARM_UP:
-                    taken[name].append((time.perf_counter() - start) * 1000)
-        timings += [
-            EngineTiming(
-                variant=name,
-                profile=profile,
-                p50_ms=statistics.median(times),
-                p99_ms=float(np.percentile(times, 99)),
+                    seconds = time.perf_counter() - start
+                    taken.setdefault((name, profile), []).append(seconds * 1000)
+                else:
+                    answers[name].append(found.ravel())
+    joined = {name: np.concatenate(found) for name, found in answers.items()}
+    finite = {name: found for name, found in joined.items() if np.isfinite(found).all()}
+    _check_agreement(finite)
+    return [
+        EngineTiming(
+            variant=name,
+            profile=profile,
+            p50_ms=statistics.median(times),
+            p99_ms=float(np.percentile(times, 99)),
+        )
+        for (name, profile), times in taken.items()
+        if name in finite
+    ]
+
+
+def _check_agreement(answers: dict[str, NDArray[Any]]) -> None:
+    """Refuses engines whose answers to the same batches are not nearly the same."""
+    if not answers:
+        raise DeviceError("the answers of the engines are not finite numbers: build them anew")
+    (first, expected), *others = answers.items()
+    for name, found in others:
+        # Of what the logits say: where they are large, a difference between them means nothing.
+        difference = float(np.abs(np.tanh(found) - np.tanh(expected)).mean())
+        if difference > _MOST_DIFFERENCE:
+            raise DeviceError(
+                f"the engines of {first} and {name} answer differently (by {difference:.2f} on "
+                "average): one of them computes wrongly here; build them anew with --force"
             )
-            for name, times in taken.items()
-        ]
-    return timings
 
 
 def fastest(timings: Sequence[EngineTiming]) -> str:
@@ -280,36 +342,56 @@ def remember_preference(
         timings=tuple(timings),
         power_mode=facts.jetson.power_mode if facts.jetson else None,
     )
-    _keep(cache.preference(bundle.digest, keys[variant].flavour), msgspec.json.encode(preference))
+    with suppress(OSError):  # a cache that cannot be written to: it is measured again next time
+        path = cache.preference(bundle.digest, keys[variant].flavour)
+        write_whole(path, msgspec.json.encode(preference))
     return preference
 
 
 def measure_and_remember(
     bundle: Bundle, keys: dict[str, EngineKey], facts: DeviceFacts, cache: EngineCache
 ) -> Preference:
-    """Times the engines of ``keys`` on this machine, and notes the fastest variant."""
+    """Times the engines of ``keys`` on this machine, and notes the fastest variant.
+
+    Raises:
+        DeviceError: An engine cannot be used, or they do not agree.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_buffer(bundle.read(bundle.manifest.tokenizer))
     with ExitStack() as opened:
         sessions = {}
         for name, key in keys.items():
             sessions[name] = open_engine(bundle, key, cache)
             opened.callback(sessions[name].close)
-        timings = measure_engines(sessions, bundle.manifest.profiles)
+        profiles = bundle.manifest.profiles
+        timings = measure_engines(sessions, profiles, tokenizer.get_vocab_size())
     return remember_preference(bundle, cache, keys, timings, facts)
 
 
-def _check_memory(model_bytes: int, options: BuildOptions, available: int | None) -> None:
+def _check_memory(
+    model_bytes: int,
+    flavour: Flavour,
+    options: BuildOptions,
+    facts: DeviceFacts,
+    available: int | None,
+) -> None:
     """Refuses to begin a build that would not fit into memory."""
     needed = needed_memory_bytes(model_bytes, options)
-    if available is not None and available < needed:
-        raise DeviceError(
-            f"building the engine needs about {needed / _MIB:.0f} MiB of free memory, found "
-            f"{available / _MIB:.0f} MiB: end other programs, lower --workspace-mib "
-            f"({options.workspace_mib} now), or add swap"
-        )
+    free = {"memory": available}
+    if flavour == "tensorrt" and facts.gpu is not None and not facts.gpu.integrated:
+        free["GPU memory"] = facts.gpu.free_bytes
+    for kind, found in free.items():
+        if found is not None and found < needed:
+            raise DeviceError(
+                f"building the engine needs about {needed / _MIB:.0f} MiB of free {kind}, found "
+                f"{found / _MIB:.0f} MiB: end other programs, or lower --workspace-mib "
+                f"({options.workspace_mib} now)"
+            )
 
 
-def _available_bytes() -> int | None:
-    """Memory that is free, as Linux counts it."""
+def _available() -> int | None:
+    """Memory that is free, as Linux counts it: without swap, which the GPU cannot use."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -320,13 +402,3 @@ def _available_bytes() -> int | None:
 
 def _described(entry: CachedEngine) -> str:
     return f"{entry.size_bytes / 1e6:.1f} MB, built in {entry.seconds:.1f} s"
-
-
-def _keep(path: Path, data: bytes) -> None:
-    """Writes a small file whole, or not at all."""
-    part = path.with_suffix(".part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError:  # what is measured again next time
-        part.unlink(missing_ok=True)

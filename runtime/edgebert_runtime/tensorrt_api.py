@@ -6,19 +6,29 @@ each library's own types against it (``make types``), a test holds the real modu
 the fake in ``edgebert_runtime.testing`` implements it.
 
 Objects of the library that go back into it are ``Any``: only the library can tell whether they
-are of its own classes.
+are of its own classes. So is ``IHostMemory``, bytes that the library holds. Where the library's
+types promise an object, it may be ``None``; where they promise a ``bool``, it may raise.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
-from edgebert_runtime.errors import DeviceError, MissingExtraError
+from edgebert_runtime.errors import DeviceError, EdgebertError, MissingExtraError
 
-__all__ = ["FLAVOURS", "Flavour", "TensorRT", "TensorRTForRTX", "import_tensorrt", "is_installed"]
+__all__ = [
+    "FLAVOURS",
+    "Flavour",
+    "TensorRT",
+    "TensorRTForRTX",
+    "faults_of_tensorrt",
+    "import_tensorrt",
+    "is_installed",
+]
 
 Flavour: TypeAlias = Literal["tensorrt", "rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "rtx")
@@ -27,6 +37,8 @@ _INSTALL: dict[Flavour, str] = {
     "tensorrt": "it comes with JetPack, or from NVIDIA's package index",
     "rtx": "install it with: pip install 'edgebert-runtime[rtx]'",
 }
+_SAID = 5
+"""How many of the library's last errors a message repeats."""
 
 
 class Dims(Protocol):
@@ -36,20 +48,11 @@ class Dims(Protocol):
     def __getitem__(self, index: int, /) -> int: ...
 
 
-class HostMemory(Protocol):
-    """``IHostMemory``: bytes that the library holds; readable as a buffer."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-
 class NetworkTensor(Protocol):
     """``ITensor``."""
 
     @property
     def name(self) -> str: ...
-    @property
-    def shape(self) -> Dims: ...
 
 
 class Network(Protocol):
@@ -87,7 +90,7 @@ class OptimizationProfile(Protocol):
 class TimingCache(Protocol):
     """``ITimingCache``."""
 
-    def serialize(self) -> HostMemory: ...
+    def serialize(self) -> Any: ...
 
 
 class BuilderConfig(Protocol):
@@ -110,7 +113,7 @@ class Builder(Protocol):
     def create_network(self, flags: int, /) -> Network: ...
     def create_builder_config(self) -> BuilderConfig: ...
     def create_optimization_profile(self) -> OptimizationProfile: ...
-    def build_serialized_network(self, network: Any, config: Any, /) -> HostMemory: ...
+    def build_serialized_network(self, network: Any, config: Any, /) -> Any: ...
 
 
 class ExecutionContext(Protocol):
@@ -134,7 +137,6 @@ class Engine(Protocol):
     def get_tensor_mode(self, name: str, /) -> Any: ...
     def get_tensor_dtype(self, name: str, /) -> Any: ...
     def get_tensor_shape(self, name: str, /) -> Dims: ...
-    def get_tensor_profile_shape(self, name: str, profile_index: int, /) -> Sequence[Dims]: ...
     def get_device_memory_size_for_profile_v2(self, profile_index: int, /) -> int: ...
     def create_execution_context(self, strategy: Any, /) -> ExecutionContext: ...
 
@@ -143,6 +145,7 @@ class Runtime(Protocol):
     """``Runtime``."""
 
     def deserialize_cuda_engine(self, serialized_engine: Any, /) -> Engine: ...
+    def load_runtime(self, path: str, /) -> Runtime: ...
 
 
 class Enumeration(Protocol):
@@ -169,6 +172,8 @@ class HardwareCompatibilityEnumeration(Protocol):
 class BuilderFlagEnumeration(Protocol):
     """``BuilderFlag``."""
 
+    @property
+    def EXCLUDE_LEAN_RUNTIME(self) -> Any: ...
     @property
     def VERSION_COMPATIBLE(self) -> Any: ...
 
@@ -233,7 +238,7 @@ class RuntimeCache(Protocol):
     """``IRuntimeCache``: kernels that TensorRT for RTX compiled on this device."""
 
     def deserialize(self, blob: Any, /) -> bool: ...
-    def serialize(self) -> HostMemory: ...
+    def serialize(self) -> Any: ...
 
 
 class RuntimeConfig(Protocol):
@@ -288,3 +293,24 @@ def import_tensorrt(flavour: Flavour) -> TensorRT:
         return cast("TensorRT", importlib.import_module(name))
     except (ImportError, OSError) as exc:
         raise DeviceError(f"{name} is installed and cannot be loaded: {exc}") from exc
+
+
+@contextmanager
+def faults_of_tensorrt(what: str, errors: Sequence[str] = ()) -> Iterator[None]:
+    """Turns what the library raises inside into a ``DeviceError``.
+
+    Some of its functions say by ``False`` or ``None`` that they failed, others raise what pybind11
+    made of it; which do what differs between releases.
+
+    Args:
+        what: What fails then.
+        errors: What the library has logged; its last lines say more than the exception.
+    """
+    try:
+        yield
+    except EdgebertError:
+        raise
+    except Exception as exc:
+        said = "; ".join(errors[-_SAID:]) or str(exc)
+        # Without its frames, which would keep the library's objects alive.
+        raise DeviceError(f"{what}: {said}") from exc.with_traceback(None)

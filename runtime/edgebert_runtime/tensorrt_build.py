@@ -6,21 +6,22 @@ strongly typed. RTX engines need no GPU to be built; all others are built on the
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
-from edgebert_runtime.errors import BundleError, DeviceError
+from edgebert_runtime.errors import BundleError
 from edgebert_runtime.manifest import Profile
-from edgebert_runtime.tensorrt_api import Flavour, Network, TensorRT
+from edgebert_runtime.tensorrt_api import Flavour, Network, TensorRT, faults_of_tensorrt
 
 __all__ = ["BuildOptions", "Built", "build_engine", "make_logger", "needed_memory_bytes"]
 
 _MIB = 2**20
 _SAID = 5
-"""How many of the library's last errors a message repeats."""
+"""How many of the parser's errors a message repeats."""
 
 
 class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,7 +30,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         workspace_mib: Most memory that one of its kernels may use for itself.
         version_compatible: Whether later TensorRT releases of the same major version can load
-            it; slower and larger.
+            it, together with the lean runtime of the release that built it; slower.
         hardware_compatible: Whether it runs on all GPUs from Ampere (compute capability 8.0) on,
             instead of the one kind it was built on; slower. Not on Jetson.
     """
@@ -91,14 +92,59 @@ def build_engine(
         BundleError: TensorRT does not take the model.
         DeviceError: There is no GPU where one is needed, or the build failed.
     """
+    from concurrent.futures import ThreadPoolExecutor, wait  # for builds alone
+
     start = time.monotonic()
-    options = options or BuildOptions()
     errors: list[str] = []
-    logger = make_logger(trt, log, errors)
-    try:
-        builder = trt.Builder(logger)
-    except Exception as exc:  # what pybind11 makes of a null pointer
-        raise DeviceError(_failed("TensorRT cannot start a builder here", errors, exc)) from exc
+    raised: list[Exception] = []
+    stop = threading.Event()
+
+    def kept(call: Callable[..., None]) -> Callable[..., None]:
+        """Keeps what a callback raises: the binding would swallow it."""
+
+        def guarded(*args: Any) -> None:
+            try:
+                call(*args)
+            except Exception as exc:
+                raised.append(exc)
+
+        return guarded
+
+    def build() -> tuple[bytes, bytes | None]:
+        with faults_of_tensorrt("TensorRT cannot build the engine", errors):
+            logger = make_logger(trt, kept(log), errors)
+            monitor = _make_monitor(
+                trt, kept(on_progress), lambda: not raised and not stop.is_set()
+            )
+            how = options or BuildOptions()
+            return _build(trt, flavour, model, profiles, how, timing_cache, logger, monitor)
+
+    # The library runs beside this thread, so that ^C comes here, where nobody swallows it.
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(build)
+        try:
+            wait([job])
+        except BaseException:
+            stop.set()
+            raise
+    if raised:
+        raise raised[0]
+    engine, measured = job.result()
+    return Built(engine=engine, timing_cache=measured, seconds=time.monotonic() - start)
+
+
+def _build(
+    trt: TensorRT,
+    flavour: Flavour,
+    model: bytes,
+    profiles: Sequence[Profile],
+    options: BuildOptions,
+    timing_cache: bytes | None,
+    logger: Any,
+    monitor: Any,
+) -> tuple[bytes, bytes | None]:
+    """Returns the engine, and the timings to keep."""
+    builder = trt.Builder(logger)
     # In TensorRT 11 there are no others, and the flag may go.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
@@ -113,24 +159,22 @@ def build_engine(
         config.add_optimization_profile(_profile(trt, builder, network, profile))
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        # A runtime inside would be code from a file, which the session does not allow.
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    times_kernels = flavour == "tensorrt"  # for RTX, a timing cache would ask for a GPU
-    if times_kernels:
-        known = config.create_timing_cache(timing_cache or b"")
-        if not config.set_timing_cache(known, False):  # it is of another device
-            config.set_timing_cache(config.create_timing_cache(b""), False)
-    monitor = _make_monitor(trt, on_progress)
+    if flavour == "tensorrt":  # for RTX, a timing cache would ask for a GPU
+        for timings in (timing_cache or b"", b""):  # what is of another device is refused
+            known = config.create_timing_cache(timings)
+            if known is not None and config.set_timing_cache(known, False):
+                break
     config.progress_monitor = monitor
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise DeviceError(_failed("TensorRT could not build the engine", errors))
-    measured = bytes(cast("Any", config.get_timing_cache().serialize())) if times_kernels else None
-    return Built(
-        engine=bytes(cast("Any", engine)),
-        timing_cache=measured,
-        seconds=time.monotonic() - start,
-    )
+        raise RuntimeError("it does not say why")
+    measured = config.get_timing_cache() if flavour == "tensorrt" else None
+    kept = None if measured is None else measured.serialize()
+    return bytes(engine), None if kept is None else bytes(kept)
 
 
 def _profile(trt: TensorRT, builder: Any, network: Network, profile: Profile) -> Any:
@@ -167,8 +211,13 @@ def make_logger(trt: TensorRT, log: Callable[[str], None], errors: list[str]) ->
     return Logger()
 
 
-def _make_monitor(trt: TensorRT, on_progress: Callable[[int, int], None]) -> Any:
-    """Makes a progress monitor: steps done of all phases, of the steps known so far."""
+def _make_monitor(
+    trt: TensorRT, on_progress: Callable[[int, int], None], goes_on: Callable[[], bool]
+) -> Any:
+    """Makes a progress monitor: steps done of all phases, of the steps known so far.
+
+    ``goes_on`` says after each step whether the build does.
+    """
     base: Any = trt.IProgressMonitor
     done: dict[str, int] = {}
     total: dict[str, int] = {}
@@ -183,15 +232,10 @@ def _make_monitor(trt: TensorRT, on_progress: Callable[[int, int], None]) -> Any
         def step_complete(self, phase_name: str, step: int) -> bool:
             done[phase_name] = min(step + 1, total.get(phase_name, 0))
             on_progress(sum(done.values()), sum(total.values()))
-            return True  # go on
+            return goes_on()
 
         def phase_finish(self, phase_name: str) -> None:
             done[phase_name] = total.get(phase_name, 0)
             on_progress(sum(done.values()), sum(total.values()))
 
     return Monitor()
-
-
-def _failed(what: str, errors: Sequence[str], exc: Exception | None = None) -> str:
-    said = "; ".join(errors[-_SAID:]) or (str(exc) if exc else "it does not say why")
-    return f"{what}: {said}"

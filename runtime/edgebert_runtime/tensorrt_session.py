@@ -15,14 +15,17 @@ a runtime cache.
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgebert_runtime.cache import write_whole
 from edgebert_runtime.cuda import Cuda
 from edgebert_runtime.errors import BundleError, DeviceError
 from edgebert_runtime.manifest import Profile
@@ -37,13 +40,14 @@ from edgebert_runtime.tensorrt_api import (
     RuntimeCache,
     TensorRT,
     TensorRTForRTX,
+    faults_of_tensorrt,
 )
 from edgebert_runtime.tensorrt_build import make_logger
 
 __all__ = ["TensorRTSession"]
 
 _MOST_GRAPHS = 64
-"""CUDA graphs that are kept, each some hundred kilobytes; the one unused for longest goes first."""
+"""CUDA graphs that are kept, each with its context; the one unused for longest goes first."""
 
 _TYPES: dict[str, type[np.generic]] = {
     "INT32": np.int32,
@@ -65,6 +69,8 @@ class TensorRTSession:
         use_graphs: Whether to record CUDA graphs.
         runtime_cache: For ``rtx``: the file in which the kernels compiled on this device are
             kept; read if it is there, written by ``close``.
+        lean_runtime: For a version-compatible engine of an earlier release: the library of that
+            release that TensorRT runs it with. It comes from the system, never from an engine.
         log: Called with each line that TensorRT logs.
 
     Raises:
@@ -82,6 +88,7 @@ class TensorRTSession:
         *,
         use_graphs: bool = True,
         runtime_cache: Path | None = None,
+        lean_runtime: str | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._lock = threading.Lock()
@@ -94,28 +101,37 @@ class TensorRTSession:
         self._seen: OrderedDict[tuple[int, int, int], _Graph | None] = OrderedDict()
         errors: list[str] = []
         try:
-            with cuda.current():
-                logger = make_logger(trt, log, errors)
-                runtime = trt.Runtime(logger)
-                loaded = runtime.deserialize_cuda_engine(engine)
-                if loaded is None:
-                    raise DeviceError(f"TensorRT cannot load the engine: {'; '.join(errors[-3:])}")
-                self._engine = loaded
-                self._kept = (logger, runtime)  # TensorRT does not keep them alive
-                self._tensors = _tensors(trt, loaded, self._profiles)
+            with cuda.current(), faults_of_tensorrt("TensorRT cannot load the engine", errors):
+                # TensorRT does not keep these alive.
+                self._kept: list[Any] = [make_logger(trt, log, errors)]
+                self._kept.append(trt.Runtime(self._kept[0]))
+                if lean_runtime is not None:
+                    self._kept.append(self._kept[-1].load_runtime(lean_runtime))
+                    if self._kept[-1] is None:
+                        raise DeviceError(
+                            f"{lean_runtime}, which the engine was built for, cannot be loaded: "
+                            "install it, or build the engine anew"
+                        )
+                self._engine: Engine = self._kept[-1].deserialize_cuda_engine(engine)
+                if self._engine is None:
+                    raise RuntimeError("it does not say why")
+                self._tensors = _tensors(trt, self._engine, self._profiles)
                 self._make_contexts = _ContextMaker(
-                    trt, flavour, loaded, use_graphs=use_graphs, runtime_cache=runtime_cache
+                    trt, flavour, self._engine, use_graphs=use_graphs, runtime_cache=runtime_cache
                 )
                 self._stream = cuda.stream()
                 size = max(
-                    loaded.get_device_memory_size_for_profile_v2(index)
+                    self._engine.get_device_memory_size_for_profile_v2(index)
                     for index in range(len(self._profiles))
                 )
                 self._activations = (cuda.device_memory(size), size)
                 self._slots = [_Slot(profile, self._tensors, cuda) for profile in self._profiles]
                 self._contexts = [self._new_context(index) for index in range(len(self._slots))]
-        except BaseException:
-            self._release()
+        except BaseException as exc:
+            # What waits in its frames would outlive the memory that it uses.
+            traceback.clear_frames(exc.__traceback__)
+            with suppress(DeviceError):  # the first fault is the one to tell
+                self._release()
             raise
 
     @property
@@ -123,6 +139,7 @@ class TensorRTSession:
         """Names of the engine's inputs."""
         return {tensor.name for tensor in self._tensors if tensor.is_input}
 
+    @faults_of_tensorrt("TensorRT cannot prepare a batch")
     def _new_context(self, index: int) -> ExecutionContext:
         """Makes a context for a profile, with its buffers, and waits until it can be used."""
         context = self._make_contexts()
@@ -179,6 +196,7 @@ class TensorRTSession:
             self._remember(key)
         return {t.name: slot.view(t, shape) for t in self._tensors if not t.is_input}
 
+    @faults_of_tensorrt("TensorRT cannot compute a batch")
     def _enqueue(
         self, context: ExecutionContext, slot: _Slot, shape: tuple[int, int], *, new_shape: bool
     ) -> None:
@@ -228,18 +246,21 @@ class TensorRTSession:
     def _release(self) -> None:
         """Frees everything: graphs and contexts, the engine, and then the memory they used."""
         self._closed = True
-        try:
-            with self._cuda.current():
-                if hasattr(self, "_make_contexts"):
-                    self._make_contexts.save_runtime_cache()
-                for graph in self._seen.values():
-                    if graph is not None:
-                        self._stream.destroy(graph.recorded)
-                self._seen.clear()
-                for name in ("_contexts", "_make_contexts", "_engine", "_kept"):
-                    self.__dict__.pop(name, None)
-        finally:
-            self._cuda.close()
+        with ExitStack() as last:  # in reverse, and each of them whatever becomes of the others
+            last.callback(self._cuda.close)
+            last.enter_context(self._cuda.current())
+            last.callback(self._forget)
+            for graph in self._seen.values():
+                if graph is not None:
+                    last.callback(self._stream.destroy, graph.recorded)
+            if hasattr(self, "_make_contexts"):
+                last.callback(self._make_contexts.save_runtime_cache)
+
+    def _forget(self) -> None:
+        """Lets go of TensorRT's objects, contexts before their engine."""
+        self._seen.clear()
+        for name in ("_contexts", "_make_contexts", "_engine", "_kept"):
+            self.__dict__.pop(name, None)
 
 
 class _Graph:
@@ -319,9 +340,10 @@ class _ContextMaker:
                 strategies.WHOLE_GRAPH_CAPTURE if use_graphs else strategies.DISABLED
             )
             self._cache = config.create_runtime_cache()
-            if runtime_cache is not None and runtime_cache.is_file():
+            if runtime_cache is not None:
                 # What another driver or GPU left is refused by the library, and made again.
-                self._cache.deserialize(runtime_cache.read_bytes())
+                with suppress(OSError):
+                    self._cache.deserialize(runtime_cache.read_bytes())
             config.set_runtime_cache(self._cache)
             self._how = config
 
@@ -335,12 +357,9 @@ class _ContextMaker:
         """Keeps the kernels that were compiled on this device; without them it compiles anew."""
         if self._cache is None or self._path is None:
             return
-        part = self._path.with_name(f"{self._path.name}.{threading.get_native_id()}.part")
-        try:
-            part.write_bytes(bytes(cast("Any", self._cache.serialize())))
-            part.replace(self._path)
-        except OSError:  # read-only or full
-            part.unlink(missing_ok=True)
+        with suppress(Exception):  # read-only or full, or TensorRT has none to give
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path, bytes(self._cache.serialize()))
 
 
 def _tensors(trt: TensorRT, engine: Engine, profiles: Sequence[Profile]) -> list[_Tensor]:

@@ -1,5 +1,7 @@
 """What is true on a GPU only: ``make test-gpu BUNDLE=build/movie-sentiment/bundle``.
 
+Needs the runtime and pytest alone; ``docs/gpu.md`` says in which environment.
+
 Each flavour of TensorRT that is installed builds the bundle's engines and is held against ONNX
 Runtime on the CPU. Prints times by shape, INT8 against FP16, graphs on and off, and memory.
 """
@@ -19,11 +21,10 @@ from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cuda import Cuda
 from edgebert_runtime.engine import EngineKey, unusable
 from edgebert_runtime.engine_cache import EngineCache
-from edgebert_runtime.engines import build_engines, measure_engines
+from edgebert_runtime.engines import build_engines, measure_engines, open_engine
 from edgebert_runtime.facts import gather_facts
 from edgebert_runtime.onnx_session import OnnxSession
-from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour, import_tensorrt
-from edgebert_runtime.tensorrt_session import TensorRTSession
+from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour
 
 BUNDLE = os.environ.get("EDGEBERT_GPU_BUNDLE", "build/movie-sentiment/bundle")
 ROWS, MOST_FLIPS, MOST_DIFFERENCE = 1000, 0.01, 2e-2
@@ -42,7 +43,7 @@ def flavour(request: pytest.FixtureRequest) -> Flavour:
 @pytest.fixture(scope="module")
 def bundle(flavour: Flavour) -> Bundle:
     if not Path(BUNDLE).exists():
-        pytest.skip(f"there is no bundle at {BUNDLE}: make export, or set EDGEBERT_GPU_BUNDLE")
+        pytest.skip(f"there is no bundle at {BUNDLE}: make export, or name one with BUNDLE=…")
     return Bundle.open(BUNDLE)
 
 
@@ -56,11 +57,6 @@ def keys(flavour: Flavour, bundle: Bundle, cache: EngineCache) -> dict[str, Engi
     found = build_engines(bundle, flavour, FACTS, cache, say=print)
     assert {"int8-gpu", "fp16-gpu"} <= set(found)
     return found
-
-
-def open_(key: EngineKey, cache: EngineCache, **options: Any) -> TensorRTSession:
-    module = import_tensorrt(key.flavour)
-    return TensorRTSession(module, key.flavour, cache.read(key), key.profiles, Cuda(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +80,10 @@ def logits(session: Any, batches: list[dict[str, Any]]) -> np.ndarray:
 
 
 @pytest.fixture
-def sessions(keys: dict[str, EngineKey], cache: EngineCache) -> Iterator[dict[str, Any]]:
-    opened = {name: open_(key, cache) for name, key in keys.items()}
+def sessions(
+    bundle: Bundle, keys: dict[str, EngineKey], cache: EngineCache
+) -> Iterator[dict[str, Any]]:
+    opened = {name: open_engine(bundle, key, cache) for name, key in keys.items()}
     yield opened
     for session in opened.values():
         session.close()
@@ -95,7 +93,8 @@ def test_int8_and_fp16_answer_as_onnx_runtime_does(
     bundle: Bundle, sessions: dict[str, Any], batches: list[dict[str, Any]]
 ) -> None:
     for name, session in sessions.items():
-        reference = OnnxSession(bundle.read(bundle.manifest.variant(name).model))
+        model = bundle.read(bundle.manifest.variant(name).model)
+        reference = OnnxSession(model, simulated=True)
         expected, found = logits(reference, batches), logits(session, batches)
         flips = float((found.argmax(axis=1) != expected.argmax(axis=1)).mean())
         difference = float(np.abs(found - expected).max())
@@ -106,12 +105,12 @@ def test_int8_and_fp16_answer_as_onnx_runtime_does(
 
 
 def test_graphs_change_no_answer(
-    keys: dict[str, EngineKey], cache: EngineCache, batches: list[dict[str, Any]]
+    bundle: Bundle, keys: dict[str, EngineKey], cache: EngineCache, batches: list[dict[str, Any]]
 ) -> None:
     for name, key in keys.items():
         taken, answers = {}, {}
         for use_graphs in (True, False):
-            session = open_(key, cache, use_graphs=use_graphs)
+            session = open_engine(bundle, key, cache, use_graphs=use_graphs)
             for _ in range(3):  # the third time, graphs are there
                 start = time.perf_counter()
                 answers[use_graphs] = logits(session, batches[:40])
@@ -124,7 +123,7 @@ def test_graphs_change_no_answer(
 def test_times_by_shape(
     bundle: Bundle, sessions: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    timings = measure_engines(sessions, bundle.manifest.profiles)
+    timings = measure_engines(sessions, bundle.manifest.profiles, 20000)
     with capsys.disabled():
         for timing in timings:
             shape = f"{timing.profile.opt_batch} x {timing.profile.opt_seq}"
@@ -133,12 +132,12 @@ def test_times_by_shape(
 
 
 def test_closing_gives_the_memory_back(
-    keys: dict[str, EngineKey], cache: EngineCache, batches: list[dict[str, Any]]
+    bundle: Bundle, keys: dict[str, EngineKey], cache: EngineCache, batches: list[dict[str, Any]]
 ) -> None:
     key = keys["int8-gpu"]
     with Cuda() as cuda:
         for turn in range(4):
-            session = open_(key, cache)
+            session = open_engine(bundle, key, cache)
             logits(session, batches[:10])
             inside = cuda.memory_bytes[0]
             session.close()

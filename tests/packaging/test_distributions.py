@@ -6,6 +6,7 @@ import ast
 import email
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -217,3 +218,22 @@ def test_calibration_data_is_what_its_readme_says() -> None:
 
 def test_the_environment_variable_that_hides_gpus_is_set_for_tests() -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+def test_make_test_gpu_needs_the_runtime_alone_and_skips_with_the_reason(tmp_path: Path) -> None:
+    for name in (*HEAVY, "hypothesis", "edgebert_export", "edgebert_pipeline"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('this is a small device')")
+    given = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(tmp_path), *([given] if given else [])])
+    done = subprocess.run(
+        ["make", "test-gpu", f"GPU_PYTHON={sys.executable}", "BUNDLE=/a/bundle"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'EDGEBERT_GPU_BUNDLE="/a/bundle"' in done.stdout
+    assert "skipped" in done.stdout and "tensorrt: " in done.stdout

@@ -24,7 +24,7 @@ from edgebert_runtime import (
     Prediction,
     Stats,
 )
-from edgebert_runtime.device import DeviceFacts
+from edgebert_runtime.device import Choice, DeviceFacts
 from edgebert_runtime.encoder import TextEncoder
 from edgebert_runtime.manifest import Task
 from edgebert_runtime.session import Inputs, Outputs
@@ -514,7 +514,36 @@ def test_auto_falls_back_to_the_cpu_and_says_so_when_cuda_does_not_start(
         assert classifier.predict(["text"])
     (record,) = [record for record in caplog.records if record.name == "edgebert"]
     assert record.levelname == "WARNING"
-    assert "falling back to the CPU" in record.getMessage()
+    said = record.getMessage()
+    assert said.startswith("falling back to cpu, variant fp32: cuda: ")
+
+
+def test_a_device_that_does_not_start_leaves_the_next_best_one_its_turn(
+    copy_bundle: Callable[..., Path],
+    add_variant: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle = copy_bundle()
+    add_variant(bundle, "gpu", ("cuda", "tensorrt"))
+    tried = []
+
+    def choose_for(bundle: Any, *args: Any, failed: Any = None, **other: Any) -> Choice:
+        failed = failed or {}
+        tried.append(list(failed))
+        device: Any = next(name for name in ("tensorrt", "cuda", "cpu") if name not in failed)
+        name = "fp32" if device == "cpu" else "gpu"
+        return Choice(device, bundle.manifest.variant(name), tuple(failed.values()))
+
+    def fail(*args: Any) -> None:
+        raise DeviceError("the engine is out of memory")
+
+    monkeypatch.setattr("edgebert_runtime.classifier.choose_for", choose_for)
+    monkeypatch.setattr("edgebert_runtime.classifier._start_engine", fail)
+    with Classifier.load(bundle) as classifier:
+        assert classifier.choice is not None and classifier.choice.device == "cpu"
+        first, second = classifier.choice.passed_over
+    assert first == "the engine is out of memory" and "CUDAExecutionProvider" in second
+    assert tried == [[], ["tensorrt"], ["tensorrt", "cuda"]]
 
 
 @pytest.mark.usefixtures("broken_cuda")

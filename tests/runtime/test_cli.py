@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from edgebert_runtime import Classifier
 from edgebert_runtime.cli import main
+from edgebert_runtime.facts import gather_facts
 
 EDGEBERT_RT = Path(sys.executable).parent / "edgebert-rt"
 WAIT_S = 60  # until a test gives up; nothing is timed
@@ -465,6 +467,22 @@ def test_doctor_says_what_would_run_and_why(single: Path) -> None:
     assert "passed over: cuda: " in result.stdout
 
 
+def test_doctor_tells_the_facts_where_nothing_would_run(
+    single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = msgspec.structs.replace(
+        gather_facts("cpu"), providers=(), onnxruntime_fault="ONNX Runtime is not installed"
+    )
+    monkeypatch.setattr("edgebert_runtime.cli.gather_facts", lambda **look: facts)
+    result = call("doctor", single)
+    assert result.exit_code == 1
+    assert "processors" in result.stdout
+    assert "would run: nothing: ONNX Runtime is not installed" in result.stdout
+    document = json.loads(call("doctor", single, "--json").stdout)
+    assert document["choice"] is None and document["facts"]["cpu_count"] == facts.cpu_count
+    assert document["fault"] == "ONNX Runtime is not installed"
+
+
 def test_doctor_json_is_one_document(single: Path) -> None:
     alone, with_bundle = (
         json.loads(call("doctor", *bundle, "--json").stdout) for bundle in ([], [single])
@@ -498,6 +516,7 @@ def test_bench_json_times_the_texts_of_a_file(single: Path, tmp_path: Path) -> N
     assert 0 < row["latency_p50_ms"] <= row["latency_p99_ms"]
     assert row["throughput_texts_per_s"] > 0
     assert row["batch_size"] >= 1
+    assert row["power_mode"] is None
 
 
 def test_bench_takes_pairs_from_a_file(tiny_bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_tensorrt_runs_on(facts: DeviceFacts) -> None:
     assert unusable("tensorrt", facts) is None
 
 
-@pytest.mark.parametrize("device", [T4, A100, L4, RTX_4090, RTX_5090])
+@pytest.mark.parametrize("device", [A100, L4, RTX_4090, RTX_5090])
 def test_tensorrt_rtx_runs_on(device: GpuFacts) -> None:
     assert unusable("rtx", machine(device, rtx="1.7.1.116", built_for=13)) is None
 
@@ -105,12 +105,17 @@ def test_tensorrt_rtx_runs_on(device: GpuFacts) -> None:
         (
             "tensorrt",
             machine(V100, "11.4.0.106"),
-            "TensorRT 11.4.0.106 needs compute capability 7.5 or newer, found Tesla V100 with 7.0",
+            "needs compute capability 7.5 or newer for TensorRT, found Tesla V100 with 7.0",
         ),
         (
             "rtx",
             machine(ORIN_AGX, rtx="1.7.1.116"),
-            "supports compute capabilities 7.5, 8.0, 8.6, 8.9, 12.0, 12.1, found AGX Orin with 8.7",
+            "run on compute capabilities 8.0, 8.6, 8.9, 12.0, 12.1, found AGX Orin with 8.7",
+        ),
+        (
+            "rtx",
+            machine(T4, rtx="1.7.1.116", built_for=13),
+            "run on compute capabilities 8.0, 8.6, 8.9, 12.0, 12.1, found Tesla T4 with 7.5",
         ),
         (
             "rtx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -11,21 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
-from edgebert_runtime import BundleError, Classifier, DeviceError
+from edgebert_runtime import BundleError, Classifier, DeviceError, InputError, MissingExtraError
 from edgebert_runtime.bundle import Bundle
+from edgebert_runtime.cli import main
 from edgebert_runtime.device import choose
 from edgebert_runtime.engine import EngineKey, bundled_keys, difference, wanted_key
 from edgebert_runtime.engine_cache import EngineCache
 from edgebert_runtime.engines import (
+    EngineTiming,
     available_engines,
     build_engines,
     fastest,
+    measure_and_remember,
     measure_engines,
     open_engine,
     preferred_variants,
+    read_preference,
     remember_preference,
 )
 from edgebert_runtime.facts import DeviceFacts, GpuFacts, Jetson, TensorRTFacts
@@ -54,6 +61,13 @@ ORIN = DeviceFacts(
     ),
     tensorrt={"tensorrt": TensorRTFacts(version="10.3.0.30")},
     jetson=Jetson(release="36.4.3", jetpack="6", power_mode="15W"),
+)
+DESKTOP = msgspec.structs.replace(
+    ORIN,
+    machine="x86_64",
+    gpu=msgspec.structs.replace(ORIN.gpu, name="RTX 4090", compute_capability=(8, 9)),
+    tensorrt={"rtx": TensorRTFacts(version="1.7.1.116")},
+    jetson=None,
 )
 
 
@@ -91,6 +105,7 @@ def trt() -> FakeTensorRT:
 
 
 def build(bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, **options: Any) -> Any:
+    options.setdefault("available_bytes", lambda: None)
     return build_engines(bundle, "tensorrt", ORIN, cache, trt=trt, **options)
 
 
@@ -126,12 +141,22 @@ def test_engines_are_built_once_and_serve(
 def test_timings_of_kernels_are_kept_for_the_next_build(
     bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
 ) -> None:
-    keys = build(bundle, cache, trt)
-    path = cache.timing_cache(keys["int8-gpu"])
-    assert path.read_bytes() == b"Fake GPU measured"
-    path.write_bytes(b"another GPU measured")  # TensorRT refuses it, and measures anew
+    key = build(bundle, cache, trt)["int8-gpu"]
+    assert cache.read_timings(key) == b"Fake GPU measured"
+    cache.write_timings(key, b"another GPU measured")  # TensorRT refuses it, and measures anew
     build(bundle, cache, trt, force=True)
-    assert path.read_bytes() == b"Fake GPU measured"
+    assert cache.read_timings(key) == b"Fake GPU measured"
+
+
+def test_timings_that_are_not_what_was_written_do_not_reach_tensorrt(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    key = build(bundle, cache, trt)["int8-gpu"]
+    (path,) = cache.directory.glob("timing-*.cache")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert cache.read_timings(key) is None
+    build(bundle, cache, trt, force=True)
+    assert cache.read_timings(key) == b"Fake GPU measured"
 
 
 def test_too_little_memory_is_said_before_the_build(
@@ -140,6 +165,18 @@ def test_too_little_memory_is_said_before_the_build(
     with pytest.raises(DeviceError, match=r"needs about \d+ MiB of free memory, found 100 MiB"):
         build(bundle, cache, trt, available_bytes=lambda: 100 * 2**20)
     assert trt.builds == 0 and cache.entries() == []
+
+
+def test_a_gpu_with_memory_of_its_own_must_have_enough_of_it(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    own = msgspec.structs.replace(ORIN.gpu, integrated=False, free_bytes=100 * 2**20)
+    full = msgspec.structs.replace(ORIN, gpu=own)
+    with pytest.raises(DeviceError, match=r"MiB of free GPU memory, found 100 MiB"):
+        build_engines(bundle, "tensorrt", full, cache, trt=trt, available_bytes=lambda: None)
+    shared = msgspec.structs.replace(ORIN, gpu=msgspec.structs.replace(own, integrated=True))
+    build_engines(bundle, "tensorrt", shared, cache, trt=trt, available_bytes=lambda: None)
+    assert trt.builds == 2
 
 
 def test_a_build_that_fails_leaves_nothing_and_does_not_block_the_next(
@@ -161,46 +198,87 @@ def test_options_are_part_of_the_key(bundle: Bundle, cache: EngineCache, trt: Fa
     other = build(bundle, cache, trt, options=options)["int8-gpu"]
     assert plain.digest != other.digest and trt.builds == 4
     head = cache.read(other)
-    assert b'"flags": ["VERSION_COMPATIBLE"]' in head and b'"level": "AMPERE_PLUS"' in head
-    assert b'"workspace": 67108864' in head
+    assert b'"flags": ["EXCLUDE_LEAN_RUNTIME", "VERSION_COMPATIBLE"]' in head
+    assert b'"level": "AMPERE_PLUS"' in head and b'"workspace": 67108864' in head
 
 
-@pytest.mark.parametrize("fault", ["cut", "one byte", "another's"])
+def test_a_version_compatible_engine_is_run_by_the_lean_runtime_of_its_release(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    key = build(bundle, cache, trt, options=BuildOptions(version_compatible=True))["int8-gpu"]
+    updated = FakeTensorRT(trt.driver, version="10.7.0.23")
+    newer = msgspec.structs.replace(ORIN, tensorrt={"tensorrt": TensorRTFacts(version="10.7.0.23")})
+    choice = choose(bundle.manifest, newer, engines=available_engines(bundle, cache))
+    assert choice.engine == key
+    with pytest.raises(DeviceError, match=r"libnvinfer_lean.so.10.3.0, .* build the engine anew"):
+        open_engine(bundle, key, cache, trt=updated, driver=trt.driver)
+    updated.lean_runtimes = ["10.3.0.30"]
+    for module in (updated, trt):
+        open_engine(bundle, key, cache, trt=module, driver=trt.driver).close()
+    assert not +trt.driver.live
+
+
+@pytest.mark.parametrize("option", ["version_compatible", "hardware_compatible"])
+def test_options_that_rtx_does_not_have_are_refused(
+    bundle: Bundle, cache: EngineCache, option: str
+) -> None:
+    with pytest.raises(InputError, match="leave out --version-compatible"):
+        build_engines(bundle, "rtx", DESKTOP, cache, options=BuildOptions(**{option: True}))
+
+
+@pytest.mark.parametrize("fault", ["cut", "one byte", "another's", "no entry"])
 def test_an_engine_that_is_not_what_was_written_is_refused_and_removed(
     bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, fault: str
 ) -> None:
     keys = build(bundle, cache, trt)
-    key, place = keys["int8-gpu"], cache.directory / keys["int8-gpu"].digest
-    data = (place / "engine").read_bytes()
+    key, place = keys["int8-gpu"], cache.directory / f"{keys['int8-gpu'].digest}.engine"
+    stored, data = place.read_bytes(), cache.read(key)
     if fault == "cut":
-        (place / "engine").write_bytes(data[: len(data) // 2])
+        place.write_bytes(stored[: len(stored) // 2])
     elif fault == "one byte":
-        (place / "engine").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        place.write_bytes(stored[:-1] + bytes([stored[-1] ^ 1]))
+    elif fault == "another's":
+        other = cache.directory / f"{keys['fp16-gpu'].digest}.engine"
+        place.write_bytes(other.read_bytes())
     else:
-        other = cache.directory / keys["fp16-gpu"].digest
-        (place / "entry.json").write_bytes((other / "entry.json").read_bytes())
+        place.write_bytes(b"{\n" + data)
 
     class Untouched:
         def __getattr__(self, name: str) -> Any:
             raise AssertionError("the engine reached TensorRT")
 
-    with pytest.raises(DeviceError, match=r"was altered .* removed, build it again"):
+    with pytest.raises(DeviceError, match=r"was altered: .* removed; build it again"):
         open_engine(bundle, key, cache, trt=Untouched(), driver=trt.driver)
     assert not place.exists()
     assert build(bundle, cache, trt)["int8-gpu"] == key
     assert cache.read(key) == data
 
 
-def test_entries_that_cannot_be_read_are_no_entries(
+def test_entries_that_cannot_be_read_are_no_entries_and_are_built_again(
     bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
 ) -> None:
     keys = build(bundle, cache, trt)
-    entry = cache.directory / keys["int8-gpu"].digest / "entry.json"
-    for text in (b"", b"{", b"[]", b'{"key": 1}', b"\xff"):
-        entry.write_bytes(text)
+    path = cache.directory / f"{keys['int8-gpu'].digest}.engine"
+    for text in (b"", b"{", b"[]", b'{"key": 1}', b"\xff", path.read_bytes()[:-1]):
+        path.write_bytes(text)
         assert [found.key for found in cache.entries()] == [keys["fp16-gpu"]]
-        with pytest.raises(DeviceError, match="no engine for TensorRT"):
-            cache.read(keys["int8-gpu"])
+        build(bundle, cache, trt)
+        assert cache.has(keys["int8-gpu"]) and cache.read(keys["int8-gpu"])
+    path.unlink()
+    with pytest.raises(DeviceError, match="no engine for TensorRT"):
+        cache.read(keys["int8-gpu"])
+
+
+def test_an_altered_engine_stays_while_another_process_may_replace_it(cache: EngineCache) -> None:
+    path = cache.directory / f"{key_of(1).digest}.engine"
+    with cache.building(key_of(1)):
+        path.write_bytes(b"not what was written")
+        with pytest.raises(DeviceError, match="was altered"):
+            cache.read(key_of(1))
+        assert path.exists()
+    with pytest.raises(DeviceError, match="was altered"):
+        cache.read(key_of(1))
+    assert not path.exists()
 
 
 def key_of(number: int, **other: Any) -> EngineKey:
@@ -254,16 +332,63 @@ def test_two_processes_build_an_engine_once(tmp_path: Path) -> None:
     ]
 
 
-def test_what_a_process_left_that_was_ended_is_removed(tmp_path: Path) -> None:
+def test_what_a_process_left_that_was_ended_is_removed_by_the_next_build(tmp_path: Path) -> None:
     cache = EngineCache(tmp_path)
-    left = tmp_path / f"{key_of(1).digest}.part-x"
-    others = tmp_path / f"{key_of(2).digest}.part-y"
-    for part in (left, others):
-        part.mkdir()
-        (part / "engine").write_bytes(b"half")
+    left = [tmp_path / f"{key_of(number).digest}.engine.x.part" for number in (1, 2)]
+    for part in left:
+        part.write_bytes(b"half")
     assert cache.entries() == []
     with cache.building(key_of(1)) as needed:
-        assert needed and not left.exists() and others.exists()
+        assert needed and not any(part.exists() for part in left)
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = EngineCache(tmp_path)
+    cache.write(key_of(1), b"first")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(DeviceError, match=r"No space left on device; make room, or set"):
+            cache.write(key_of(1), b"second")
+    assert cache.read(key_of(1)) == b"first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_process_that_evicts_at_the_same_time_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = EngineCache(tmp_path, limit_mib=0)
+    cache.write(key_of(1), b"engine")
+
+    def gone(self: Path, **options: Any) -> None:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(Path, "unlink", gone)
+    cache.write(key_of(2), b"engine")
+    assert cache.read(key_of(2)) == b"engine"
+
+
+def test_without_a_home_nothing_is_found_and_keeping_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("edgebert_runtime.engine_cache.cache_dir", homeless)
+    cache = EngineCache()
+    assert cache.entries() == [] and not cache.has(key_of(1))
+    with pytest.raises(DeviceError, match="EDGEBERT_CACHE_DIR"), cache.building(key_of(1)):
+        raise AssertionError
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEBERT_ENGINE_CACHE_MIB", "8G")
+    with pytest.raises(InputError, match=r"EDGEBERT_ENGINE_CACHE_MIB is '8G'; it must be"):
+        EngineCache()
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -277,11 +402,13 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_threads_wait_for_each_other(tmp_path: Path) -> None:
     cache, order = EngineCache(tmp_path), []
+    said: list[str] = []
 
     def run(number: int) -> None:
-        with cache.building(key_of(1)) as needed:
+        with cache.building(key_of(1), said.append) as needed:
             order.append((number, needed))
-            time.sleep(0.05)
+            while needed and len(said) < 2:  # until both others wait
+                time.sleep(0.001)
             if needed:
                 cache.write(key_of(1), b"engine")
 
@@ -291,35 +418,97 @@ def test_threads_wait_for_each_other(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert [needed for _, needed in order] == [True, False, False]
+    assert said == ["waiting for another process, which builds an engine"] * 2
 
 
-def test_the_faster_variant_is_measured_and_preferred(
+def timings_of(**p50_ms: float) -> list[EngineTiming]:
+    profile = Profile(**PROFILES[0])
+    return [
+        EngineTiming(variant=name.replace("_", "-"), profile=profile, p50_ms=ms, p99_ms=2 * ms)
+        for name, ms in p50_ms.items()
+    ]
+
+
+def test_every_engine_is_timed_for_every_shape(
     bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    monkeypatch.setattr("edgebert_runtime.engines._ROUNDS", 2)
     keys = build(bundle, cache, trt)
-    sessions = {
-        name: open_engine(bundle, key, cache, trt=trt, driver=trt.driver)
-        for name, key in keys.items()
+    preference = measure_and_remember(bundle, keys, ORIN, cache)
+    assert {(t.variant, t.profile.max_batch, t.profile.max_seq) for t in preference.timings} == {
+        (name, p["max_batch"], p["max_seq"]) for name in keys for p in PROFILES
     }
-    slow = sessions["int8-gpu"].run
-    monkeypatch.setattr(sessions["int8-gpu"], "run", lambda batch: (time.sleep(0.02), slow(batch)))
-    monkeypatch.setattr("edgebert_runtime.engines._ROUNDS", 3)
-    timings = measure_engines(sessions, bundle.manifest.profiles)
-    assert len(timings) == 2 * len(PROFILES) and all(t.p50_ms <= t.p99_ms for t in timings)
+    assert all(0 < t.p50_ms <= t.p99_ms for t in preference.timings)
+    assert preference.variant == fastest(preference.timings)
+    assert read_preference(bundle, "tensorrt", ORIN, cache) == preference
+    assert not +trt.driver.live
+
+
+class Answering:
+    """A session whose answers are given."""
+
+    input_names = frozenset({"input_ids"})
+
+    def __init__(self, logits: list[float], vocabulary: int) -> None:
+        self._logits, self._vocabulary = logits, vocabulary
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        assert inputs["input_ids"].max() < self._vocabulary
+        return {"logits": np.array([self._logits] * len(inputs["input_ids"]))}
+
+
+def measured(**logits: list[float]) -> list[str]:
+    sessions: Any = {name: Answering(found, 30) for name, found in logits.items()}
+    timings = measure_engines(sessions, [Profile(**each) for each in PROFILES], 30)
+    return sorted({timing.variant for timing in timings})
+
+
+def test_an_engine_whose_answers_are_not_finite_is_not_in_the_running() -> None:
+    assert measured(int8=[1.0, -1.0], fp16=[float("nan"), 0.0]) == ["int8"]
+    assert measured(int8=[1.0, -1.0], fp16=[1.1, -0.9]) == ["fp16", "int8"]
+    assert measured(int8=[30.0, -1.0], fp16=[60.0, -1.0]) == ["fp16", "int8"]  # as sure as can be
+    with pytest.raises(DeviceError, match="not finite"):
+        measured(fp16=[float("inf"), 0.0])
+
+
+def test_engines_that_answer_differently_are_not_compared() -> None:
+    with pytest.raises(DeviceError, match=r"int8 and fp16 answer differently .* build them anew"):
+        measured(int8=[1.0, -1.0], fp16=[-1.0, 1.0])
+
+
+def test_the_fastest_variant_is_preferred_where_it_was_measured(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    keys = build(bundle, cache, trt)
+    timings = timings_of(int8_gpu=2.0, fp16_gpu=1.0)
     assert fastest(timings) == "fp16-gpu"
-    assert preferred_variants(bundle, cache, ORIN) == []
-    preference = remember_preference(bundle, cache, keys, timings, ORIN)
-    assert preference.power_mode == "15W"
+    assert preferred_variants(bundle, cache, ORIN) == {}
+    assert remember_preference(bundle, cache, keys, timings, ORIN).power_mode == "15W"
     preferred = preferred_variants(bundle, cache, ORIN)
-    assert preferred == ["fp16-gpu"]
+    assert preferred == {"tensorrt": "fp16-gpu"}
     engines = available_engines(bundle, cache)
     choice = choose(bundle.manifest, ORIN, engines=engines, preferred=preferred)
     assert choice.variant.name == "fp16-gpu"
-    # Another TensorRT has not been measured.
+    # What was measured of one flavour says nothing of the other.
+    other = choose(bundle.manifest, ORIN, engines=engines, preferred={"rtx": "fp16-gpu"})
+    assert other.variant.name == "int8-gpu"
+    # Another TensorRT has not been measured, and without a GPU nothing has.
     newer = msgspec.structs.replace(ORIN, tensorrt={"tensorrt": TensorRTFacts(version="10.7.0")})
-    assert preferred_variants(bundle, cache, newer) == []
-    for session in sessions.values():
-        session.close()
+    for elsewhere in (newer, msgspec.structs.replace(ORIN, gpu=None)):
+        assert preferred_variants(bundle, cache, elsewhere) == {}
+
+
+def test_the_exact_engine_comes_before_a_compatible_one(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    exact = build(bundle, cache, trt)["int8-gpu"]
+    options = BuildOptions(version_compatible=True, hardware_compatible=True)
+    compatible = build(bundle, cache, trt, options=options)["int8-gpu"]
+    for engines in ([exact, compatible], [compatible, exact]):
+        assert choose(bundle.manifest, ORIN, engines=engines).engine == exact
+    assert choose(bundle.manifest, ORIN, engines=[compatible]).engine == compatible
 
 
 def test_without_an_engine_auto_runs_on_the_cpu_and_says_how_to_build(bundle: Bundle) -> None:
@@ -400,19 +589,87 @@ def test_a_classifier_builds_its_engine_if_it_may(
     assert trt.builds == 1 and not +trt.driver.live
 
 
+def test_an_engine_that_fails_where_nothing_else_runs_is_told_with_the_rest(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(bundle, cache, trt)
+    alone = msgspec.structs.replace(
+        ORIN, onnxruntime=(), providers=(), onnxruntime_fault="ONNX Runtime is not installed"
+    )
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda device: alone)
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    trt.driver.fail("cuMemAlloc")
+    with pytest.raises(
+        MissingExtraError, match=r"not installed; tensorrt: cuMemAlloc failed: .*OUT_OF_MEMORY"
+    ):
+        Classifier.load(bundle.path)
+    trt.driver.fail("cuMemAlloc")
+    with pytest.raises(DeviceError, match="cuMemAlloc failed"):
+        Classifier.load(bundle.path, device="tensorrt")
+    assert not +trt.driver.live
+
+
+@pytest.fixture
+def command(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Runs ``edgebert-rt engine`` on the Orin."""
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.cli.gather_facts", lambda device: ORIN)
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.engines._available", lambda: None)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    monkeypatch.setattr("edgebert_runtime.engines._ROUNDS", 1)
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(main, ["engine", str(bundle.path), *arguments])
+
+    return run
+
+
+def test_the_command_measures_once_and_again_by_force(
+    command: Callable[..., Any], trt: FakeTensorRT, bundle: Bundle, cache: EngineCache
+) -> None:
+    first = command()
+    assert first.exit_code == 0 and "preferred: " in first.stdout
+    before = cache.preference(bundle.digest, "tensorrt").stat().st_mtime_ns
+    launched = trt.driver.calls["cuGraphLaunch"]
+    again = command()
+    assert again.stdout == first.stdout and trt.driver.calls["cuGraphLaunch"] == launched
+    # One engine is no comparison: what was found out stays.
+    one = command("--variant", "int8-gpu", "--force")
+    assert "not measured: that compares an engine of each variant" in one.stderr
+    assert cache.preference(bundle.digest, "tensorrt").stat().st_mtime_ns == before
+    forced = command("--force", "--json")
+    assert forced.exit_code == 0 and trt.driver.calls["cuGraphLaunch"] > launched
+    assert json.loads(forced.stdout)["preference"]["power_mode"] == "15W"
+
+
+def test_the_log_of_a_build_that_is_ended_is_there(
+    command: Callable[..., Any], cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def end(self: Any, monitor: Any) -> bool:
+        self._logger.log(3, "Local timing cache in use")
+        written.append((cache.directory / "build-tensorrt.log").read_text())
+        return False
+
+    monkeypatch.setattr("edgebert_runtime.testing.fake_tensorrt._Builder._report", end)
+    done = command()
+    assert done.exit_code == 1 and written == ["info: Local timing cache in use\n"]
+    assert "TensorRT's log: " in done.stderr and "The build was cancelled" in done.stderr
+
+
 def test_a_bundle_brings_engines_of_its_own(
     bundle: Bundle, cache: EngineCache, edit_manifest: Callable[..., None]
 ) -> None:
     import hashlib
 
-    trt = FakeTensorRT(FakeDriver(compute_capability=(8, 9)), "rtx", version="1.7.1.116")
-    desktop = msgspec.structs.replace(
-        ORIN,
-        machine="x86_64",
-        gpu=msgspec.structs.replace(ORIN.gpu, name="RTX 4090", compute_capability=(8, 9)),
-        tensorrt={"rtx": TensorRTFacts(version="1.7.1.116")},
-    )
-    keys = build_engines(bundle, "rtx", desktop, cache, trt=trt)
+    desktop, trt = DESKTOP, FakeTensorRT(FakeDriver(compute_capability=(8, 9)), "rtx", "1.7.1.116")
+    keys = build_engines(bundle, "rtx", desktop, cache, trt=trt, available_bytes=lambda: None)
     data = cache.read(keys["int8-gpu"])
     assert [p.max_batch for p in keys["int8-gpu"].profiles] == [8, 8]  # none for single rows
     path = Path(bundle.path)
@@ -441,9 +698,14 @@ def test_a_bundle_brings_engines_of_its_own(
     choice = choose(opened.manifest, desktop, engines=engines)
     assert (choice.device, choice.variant.name) == ("rtx", "int8-gpu")
     assert choice.engine is not None
+    # It is not built again, and it runs although nothing is in the cache.
+    assert build_engines(opened, "rtx", desktop, empty, trt=trt)["int8-gpu"] == choice.engine
+    assert not empty.has(choice.engine)
     session = open_engine(opened, choice.engine, empty, trt=trt, driver=trt.driver)
+    batch = {name: np.ones((1, 8), dtype=np.int64) for name in session.input_names}
+    session.run(batch)
     session.close()
-    assert empty.runtime_cache(choice.engine).read_bytes().startswith(b"")
+    assert empty.kernels(choice.engine).read_bytes() == b"kernels of the fake"
     other = msgspec.structs.replace(desktop, tensorrt={"rtx": TensorRTFacts(version="1.8.0.1")})
     refused = choose(opened.manifest, other, engines=engines)
     assert refused.device == "cpu"
@@ -454,6 +716,9 @@ def test_a_bundle_brings_engines_of_its_own(
     (path / "engines" / "int8-gpu-rtx.engine").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(BundleError, match="was altered"):
         open_engine(Bundle.open(path), choice.engine, empty, trt=trt, driver=trt.driver)
+    # What was built here, by force, comes before what the bundle brings.
+    empty.write(choice.engine, data)
+    open_engine(Bundle.open(path), choice.engine, empty, trt=trt, driver=trt.driver).close()
 
 
 def test_profiles_must_reach_the_longest_row(

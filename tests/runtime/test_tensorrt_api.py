@@ -15,7 +15,6 @@ CLASSES = {
     "IBuilderConfig": api.BuilderConfig,
     "ICudaEngine": api.RtxEngine,
     "IExecutionContext": api.ExecutionContext,
-    "IHostMemory": api.HostMemory,
     "INetworkDefinition": api.Network,
     "IOptimizationProfile": api.OptimizationProfile,
     "IRuntimeCache": api.RuntimeCache,

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from edgebert_runtime.profiles import padded_length, parts
 from edgebert_runtime.tensorrt_api import Flavour
 from edgebert_runtime.tensorrt_build import build_engine
 from edgebert_runtime.tensorrt_session import TensorRTSession
-from edgebert_runtime.testing import FakeDriver, FakeTensorRT, Misuse
+from edgebert_runtime.testing import FakeDriver, FakeTensorRT, Misuse, fake_tensorrt
 
 PROFILES = (
     Profile(max_batch=1, opt_batch=1, max_seq=32, opt_seq=16),
@@ -97,7 +98,6 @@ def test_thousands_of_batches_are_answered_as_on_a_cpu(
 ) -> None:
     machine, random = Machine(model, flavour), np.random.default_rng(5)
     known = {}
-    with_graphs = 0
     session = machine.open(use_graphs=use_graphs)
     for turn in range(2_000):
         # Few shapes come often, as they do when texts are sorted by length; many come seldom.
@@ -207,23 +207,77 @@ def test_rows_that_no_profile_holds_are_refused(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [
-        "cuMemAlloc",
-        "cuMemHostAlloc",
-        "cuStreamCreate",
-        "cuStreamSynchronize",
-        "cuCtxPushCurrent",
-    ],
+    ["cuMemAlloc", "cuMemHostAlloc", "cuStreamCreate", "cuStreamSynchronize", "cuCtxPushCurrent"],
 )
-@pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_start_that_fails_leaves_nothing(model: bytes, function: str, after: int) -> None:
-    machine = Machine(model)
-    machine.driver.fail(function, after=after)
-    try:
-        machine.open().close()
-    except DeviceError as exc:
-        assert "CUDA error 2" in str(exc)
+def test_a_start_that_fails_leaves_nothing(machine: Machine, function: str) -> None:
+    before = machine.driver.calls[function]
+    machine.open().close()
+    calls = machine.driver.calls[function] - before - 2 * (function == "cuCtxPushCurrent")  # close
+    assert calls > 0
+    for after in range(calls):
+        machine.driver.fail(function, after=after)
+        with pytest.raises(DeviceError, match="CUDA error 2") as caught:
+            machine.open()
+        assert machine.left_over() == {}, "held by the exception" if caught else ""
+
+
+def raising(self: Any, *args: Any) -> bool:
+    raise RuntimeError("Error in set optimization profile async.")
+
+
+def test_what_tensorrt_raises_at_the_start_is_an_error_that_leaves_nothing(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_tensorrt._Context, "set_optimization_profile_async", raising)
+    with pytest.raises(
+        DeviceError, match="TensorRT cannot prepare a batch: Error in set"
+    ) as caught:
+        machine.open()
+    assert machine.left_over() == {}, caught
+
+
+def test_what_tensorrt_raises_while_recording_costs_graphs_and_no_batch(
+    machine: Machine, reference: OnnxSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = machine.open()
+    monkeypatch.setattr(fake_tensorrt._Context, "set_optimization_profile_async", raising)
+    for _ in range(4):
+        check(session, reference, batch_of(2, 9))
+    assert any("going on without CUDA graphs" in line for line in machine.lines)
+    session.close()
     assert machine.left_over() == {}
+
+
+def test_what_tensorrt_raises_on_a_batch_is_an_error(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = machine.open()
+    monkeypatch.setattr(fake_tensorrt._Context, "set_input_shape", raising)
+    with pytest.raises(DeviceError, match="TensorRT cannot compute a batch: Error"):
+        session.run(batch_of(1, 8))
+    session.close()
+    assert machine.left_over() == {}
+
+
+def test_a_graph_that_cannot_be_freed_keeps_nothing_else(machine: Machine) -> None:
+    session = machine.open()
+    for _ in range(3):
+        session.run(batch_of(2, 8))
+        session.run(batch_of(2, 16))
+    machine.driver.fail("cuGraphExecDestroy")
+    with pytest.raises(DeviceError, match="cuGraphExecDestroy failed"):
+        session.close()
+    assert machine.left_over() == {}
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_gpu_that_was_lost_gets_its_context_back(machine: Machine, after: int) -> None:
+    session = machine.open()
+    machine.driver.fail("cuCtxPushCurrent", after=after)
+    with pytest.raises(DeviceError, match="cuCtxPushCurrent failed"):
+        session.close()
+    assert machine.driver.live["contexts"] == 0
+    session.close()
 
 
 def test_a_full_gpu_is_an_error_that_leaves_nothing(model: bytes) -> None:
@@ -277,6 +331,19 @@ def test_rtx_keeps_the_kernels_that_it_compiled(model: bytes, tmp_path: Path) ->
     session.close()
     assert path.read_bytes() == b"kernels of the fake"
     assert [file.name for file in tmp_path.iterdir()] == ["runtime.cache"]
+
+
+def test_a_runtime_cache_that_cannot_be_had_is_done_without(
+    model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(model, "rtx")
+    (tmp_path / "file").touch()
+    session = machine.open(runtime_cache=tmp_path / "file" / "runtime.cache")
+    session.close()
+    session = machine.open(runtime_cache=tmp_path / "runtime.cache")
+    monkeypatch.setattr(fake_tensorrt._RuntimeCache, "serialize", lambda self: None)
+    session.close()
+    assert not (tmp_path / "runtime.cache").exists() and machine.left_over() == {}
 
 
 # The fake itself: what would be wrong on a GPU must not pass.
@@ -365,3 +432,56 @@ def test_rows_are_padded_to_a_multiple_of_eight_within_the_profile(
     tokens: int, expected: int
 ) -> None:
     assert padded_length(tokens, PROFILES[2]) == expected
+
+
+# What builds engines: nothing that a callback or the library raises is lost.
+
+
+def test_what_a_callback_raises_ends_the_build(machine: Machine, model: bytes) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    for callback in ("log", "on_progress"):
+        with pytest.raises(OSError, match="no space left"):
+            build_engine(machine.trt, "tensorrt", model, PROFILES, **{callback: fail})
+
+
+def test_an_interrupt_ends_the_build_at_its_next_step(
+    machine: Machine, model: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def interrupt(jobs: Any) -> None:
+        raise KeyboardInterrupt  # as the main thread does on ^C, wherever it waits
+
+    monkeypatch.setattr("concurrent.futures.wait", interrupt)
+    reported = fake_tensorrt._Builder._report
+
+    def report(self: Any, monitor: Any) -> bool:
+        steps.append(reported(self, monitor))
+        return bool(steps[-1])
+
+    monkeypatch.setattr(fake_tensorrt._Builder, "_report", report)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(machine.trt, "tensorrt", model, PROFILES)
+    assert steps == [False] and machine.trt.builds == 1  # the machine's own
+
+
+def test_shapes_that_tensorrt_refuses_are_an_error(machine: Machine, model: bytes) -> None:
+    shapes = (msgspec.structs.replace(PROFILES[0]),)
+    msgspec.structs.force_setattr(shapes[0], "opt_seq", 99)
+    with pytest.raises(DeviceError, match="cannot build the engine: Shapes of input_ids"):
+        build_engine(machine.trt, "tensorrt", model, shapes)
+
+
+def test_timings_that_tensorrt_cannot_read_are_measured_anew(
+    machine: Machine, model: bytes
+) -> None:
+    for timings in (b"damaged", b"another GPU measured", None):
+        built = build_engine(machine.trt, "tensorrt", model, PROFILES, timing_cache=timings)
+        assert built.timing_cache == b"Fake GPU measured"
+
+
+def test_without_a_gpu_the_builder_says_why(model: bytes) -> None:
+    with pytest.raises(DeviceError, match="cannot build the engine: CUDA initialization failure"):
+        build_engine(FakeTensorRT(FakeDriver(gpus=0)), "tensorrt", model, PROFILES)

@@ -23,7 +23,7 @@ _FIRST_ADDRESS = 0x7_0000_0000_0000
 _GUARD_BYTES = 4096
 
 
-class Misuse(Exception):  # noqa: N818 - what a test is to find, not an error to be handled
+class Misuse(BaseException):  # what a test is to find; nobody may handle it
     """Something was done that on a GPU would give wrong results, or crash."""
 
 
@@ -205,6 +205,8 @@ class FakeDriver:
         return status, 0xC0
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[Status]:
+        if getattr(self._current, "stack", []):
+            raise Misuse("the context is released while it is current")
         self.live["contexts"] -= 1
         return (self._begin("cuDevicePrimaryCtxRelease", needs_context=False),)
 

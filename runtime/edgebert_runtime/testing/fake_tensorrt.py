@@ -1,10 +1,11 @@
 """TensorRT without a GPU: builds "engines" and runs them, with ONNX Runtime to do the arithmetic.
 
 A ``FakeTensorRT`` takes the place of the module ``tensorrt`` or ``tensorrt_rtx``. It refuses what
-TensorRT refuses, the way TensorRT does (``None`` or ``False``, and a line in the log), and raises
-``Misuse`` for what TensorRT would not notice: a batch that is read before it was computed, memory
-that was freed, a profile that is switched before the last switch was done, a graph that is
-launched after its context was changed.
+TensorRT refuses, the way TensorRT does (``None``, ``False`` or what pybind11 raises, and a line in
+the log), and swallows what callbacks raise, as the binding does. It raises ``Misuse`` for what
+TensorRT would not notice: a batch that is read before it was computed, memory that was freed, a
+profile that is switched before the last switch was done, a graph that is launched after its
+context was changed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import enum
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,7 @@ class _ProgressMonitor:
 class _Flag(enum.Enum):
     STRONGLY_TYPED = 1
     VERSION_COMPATIBLE = 2
+    EXCLUDE_LEAN_RUNTIME = 3
 
     def __int__(self) -> int:
         return int(self.value)
@@ -85,20 +88,11 @@ class _GraphStrategy(enum.Enum):
     WHOLE_GRAPH_CAPTURE = 1
 
 
-class _HostMemory(bytes):
-    """``IHostMemory``: bytes, with the library's name for their number."""
-
-    @property
-    def nbytes(self) -> int:
-        return len(self)
-
-
 class _Named:
     """What has a ``name``: a data type, or a network's input."""
 
-    def __init__(self, name: str, shape: Sequence[int] = ()) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.shape = shape
 
 
 class FakeTensorRT:
@@ -110,6 +104,7 @@ class FakeTensorRT:
         version: As ``__version__``.
 
     Attributes:
+        lean_runtimes: Releases whose lean runtime is installed.
         live: How many engines and contexts there are.
         builds: How many engines were built.
     """
@@ -131,6 +126,7 @@ class FakeTensorRT:
         self.driver = driver
         self.flavour = flavour
         self.builds = 0
+        self.lean_runtimes: list[str] = []
         self.objects: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
@@ -206,7 +202,7 @@ class _OnnxParser:
             self._errors.append(_ParserError(str(exc)))
             return False
         self._network.model = bytes(model)
-        self._network.inputs = [_Named(spec.name, (-1, -1)) for spec in session.get_inputs()]
+        self._network.inputs = [_Named(spec.name) for spec in session.get_inputs()]
         return True
 
 
@@ -217,6 +213,8 @@ class _OptimizationProfile:
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
 
     def set_shape(self, name: str, *shapes: tuple[int, ...]) -> None:
+        if not all(low <= best <= high for low, best, high in zip(*shapes, strict=True)):
+            raise RuntimeError(f"Shapes of {name} are inconsistent: {shapes}")
         self.shapes[name] = list(shapes)
 
 
@@ -226,8 +224,8 @@ class _TimingCache:
     def __init__(self, measured: bytes) -> None:
         self.measured = measured
 
-    def serialize(self) -> _HostMemory:
-        return _HostMemory(self.measured)
+    def serialize(self) -> bytes:
+        return self.measured
 
 
 class _BuilderConfig:
@@ -246,8 +244,8 @@ class _BuilderConfig:
         self.profiles.append(profile)
         return len(self.profiles) - 1
 
-    def create_timing_cache(self, measured: bytes) -> _TimingCache:
-        return _TimingCache(bytes(measured))
+    def create_timing_cache(self, measured: bytes) -> _TimingCache | None:
+        return None if measured.startswith(b"damaged") else _TimingCache(bytes(measured))
 
     def set_timing_cache(self, cache: _TimingCache, ignore_mismatch: bool) -> bool:
         if self._trt.flavour == "rtx":
@@ -295,22 +293,19 @@ class _Builder:
     def create_optimization_profile(self) -> _OptimizationProfile:
         return _OptimizationProfile()
 
-    def build_serialized_network(
-        self, network: _Network, config: _BuilderConfig
-    ) -> _HostMemory | None:
+    def build_serialized_network(self, network: _Network, config: _BuilderConfig) -> bytes | None:
         names = {tensor.name for tensor in network.inputs}
         if not config.profiles or any(set(p.shapes) != names for p in config.profiles):
-            self._logger.log(_Logger.ERROR, "Network has dynamic inputs, but no profile for them")
+            self._log(_Logger.ERROR, "Network has dynamic inputs, but no profile for them")
             return None
+        if self._trt.flavour == "rtx" and (
+            config.flags or config.hardware_compatibility_level is not _Level.NONE
+        ):
+            raise Misuse("an engine for RTX is compatible with no other release")
         monitor = config.progress_monitor
-        if monitor is not None:
-            monitor.phase_start("Building Engine", None, 2)
-            monitor.phase_start("Tactic Selection", "Building Engine", 3)
-            for step in range(3):
-                if not monitor.step_complete("Tactic Selection", step):
-                    return None
-            monitor.phase_finish("Tactic Selection")
-            monitor.phase_finish("Building Engine")
+        if monitor is not None and not self._report(monitor):
+            self._log(_Logger.ERROR, "The build was cancelled")
+            return None
         config.measure(network.model)
         self._trt.builds += 1
         head = {
@@ -321,17 +316,43 @@ class _Builder:
             "flags": sorted(flag.name for flag in config.flags),
             "level": config.hardware_compatibility_level.name,
         }
-        self._logger.log(_Logger.INFO, "Engine generation completed")
+        self._log(_Logger.INFO, "Engine generation completed")
         text = json.dumps(head).encode()
-        return _HostMemory(_MAGIC + len(text).to_bytes(4, "big") + text + network.model)
+        return _MAGIC + len(text).to_bytes(4, "big") + text + network.model
+
+    def _log(self, severity: int, line: str) -> None:
+        with suppress(BaseException):
+            self._logger.log(severity, line)
+
+    def _report(self, monitor: Any) -> bool:
+        """Tells the monitor of steps; returns whether it lets the build go on."""
+        goes_on = True
+        with suppress(BaseException):
+            monitor.phase_start("Building Engine", None, 2)
+            monitor.phase_start("Tactic Selection", "Building Engine", 3)
+        for step in range(3):
+            with suppress(BaseException):
+                goes_on = goes_on and monitor.step_complete("Tactic Selection", step)
+        with suppress(BaseException):
+            monitor.phase_finish("Tactic Selection")
+            monitor.phase_finish("Building Engine")
+        return goes_on
 
 
 class _Runtime:
-    """``Runtime``."""
+    """``Runtime``; ``version`` is that of the engines it loads."""
 
-    def __init__(self, trt: FakeTensorRT, logger: Any) -> None:
+    def __init__(self, trt: FakeTensorRT, logger: Any, version: str | None = None) -> None:
         self._trt = trt
         self._logger = logger
+        self._version = version or trt.__version__
+
+    def load_runtime(self, path: str) -> _Runtime | None:
+        for version in self._trt.lean_runtimes:
+            if path == f"libnvinfer_lean.so.{version.rpartition('.')[0]}":
+                return _Runtime(self._trt, self._logger, version)
+        self._logger.log(_Logger.ERROR, f"{path}: cannot open shared object file")
+        return None
 
     def deserialize_cuda_engine(self, data: bytes) -> _Engine | None:
         data = bytes(data)
@@ -341,8 +362,11 @@ class _Runtime:
             start = len(_MAGIC) + 4
             size = int.from_bytes(data[len(_MAGIC) : start], "big")
             head = json.loads(data[start : start + size])
-            if (head["flavour"], head["version"]) != (self._trt.flavour, self._trt.__version__):
+            if (head["flavour"], head["version"]) != (self._trt.flavour, self._version):
                 raise ValueError("Version tag does not match")
+            flags = head["flags"]
+            if "VERSION_COMPATIBLE" in flags and "EXCLUDE_LEAN_RUNTIME" not in flags:
+                raise ValueError("The engine holds host code, which is not allowed")
             return _Engine(self._trt, self._logger, head, data[start + size :])
         except Exception as exc:
             self._logger.log(_Logger.ERROR, f"Engine deserialization failed: {exc}")
@@ -361,8 +385,8 @@ class _RuntimeCache:
         self.kernels = bytes(blob)
         return True
 
-    def serialize(self) -> _HostMemory:
-        return _HostMemory(self.kernels)
+    def serialize(self) -> bytes:
+        return self.kernels
 
 
 class _RuntimeConfig:
@@ -422,9 +446,6 @@ class _Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
-    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
-        return self.profiles[profile_index][name]
-
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         rows, tokens = self.profiles[profile_index][self.inputs[0]][2]
         return rows * tokens * _ACTIVATION_BYTES
@@ -473,7 +494,8 @@ class _Context:
         if self._switching is not None and self._switching[0].syncs == self._switching[1]:
             raise Misuse("a second switch of profiles before the first was done")
         if not 0 <= profile_index < len(self._engine.profiles):
-            return self._refuse(f"there is no profile {profile_index}")
+            self._refuse(f"there is no profile {profile_index}")
+            raise RuntimeError("Error in set optimization profile async.")
         self._profile = profile_index
         self._switching = (stream, stream.syncs)
         self._shapes, self._ready = {}, None
