@@ -4,8 +4,9 @@ OUT    ?= build/$(basename $(notdir $(RECIPE)))
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+BUILD  ?= $(OUT)
 
-.PHONY: install export test test-gpu lint types format docs lock clean
+.PHONY: install export test test-gpu lint types bench bench-check format docs lock clean
 
 # The environment is made again when what it is made from changes.
 install: $(VENV)/.installed
@@ -36,6 +37,14 @@ types: install
 
 test-gpu: install
 	EDGEBERT_TEST_GPU=1 $(BIN)/pytest tests/gpu -ra -s
+
+# Beside other ways to run the same model, after `make export`; BENCH=--quick takes less.
+bench: install
+	$(BIN)/python benchmarks/speed.py "$(RECIPE)" "$(BUILD)" $(BENCH)
+
+# Beside a bare script on the same model; fails under benchmarks/floors.toml.
+bench-check: install
+	$(BIN)/python benchmarks/check.py "$(BUILD)" $(BENCH)
 
 format: install
 	$(BIN)/ruff check --fix .
