@@ -5,8 +5,9 @@ BUNDLE ?= $(OUT)/bundle
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+BUILD  ?= $(OUT)
 
-.PHONY: install export test test-gpu lint types format docs lock clean
+.PHONY: install export test test-gpu lint types bench bench-check format docs lock clean
 
 # The environment is made again when what it is made from changes.
 install: $(VENV)/.installed
@@ -40,6 +41,14 @@ types: install
 test-gpu: $(if $(GPU_PYTHON),,install)
 	EDGEBERT_GPU_BUNDLE="$(BUNDLE)" $(or $(GPU_PYTHON),$(BIN)/python) -m pytest \
 	    --confcutdir=tests/gpu tests/gpu -s
+
+# Beside other ways to run the same model, after `make export`; BENCH=--quick takes less.
+bench: install
+	$(BIN)/python benchmarks/speed.py "$(RECIPE)" "$(BUILD)" $(BENCH)
+
+# Beside a bare script on the same model; fails under benchmarks/floors.toml.
+bench-check: install
+	$(BIN)/python benchmarks/check.py "$(BUILD)" $(BENCH)
 
 format: install
 	$(BIN)/ruff check --fix .

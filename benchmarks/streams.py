@@ -1,0 +1,130 @@
+"""Many threads with one text each, and a stream without an end: what they cost over one batch.
+
+Usage: python benchmarks/streams.py BUILD [--lines 1000000] [--threads 32] [--max-wait-ms 5]
+
+Threads: each calls ``predict`` on one text at a time; the throughput of all of them beside one
+call with all texts, and how long a call takes at most. Stream: ``stream`` over a generator beside
+``predict`` on a list, and by how much the process grows after its first tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+from check import sentences
+
+from edgebert_runtime import Classifier
+
+ROUNDS, TEXTS = 5, 2048
+
+
+def rss_mb() -> float:
+    """The memory that this process holds, in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1000
+    raise SystemExit("this system does not say how much memory a process holds")
+
+
+def by_threads(classifier: Classifier, texts: list[str], threads: int) -> tuple[float, list[float]]:
+    """Labels texts from threads; returns the seconds of all, and of each call in ms."""
+    expected = [found.label for found in classifier.predict(texts)]
+    answers: list[str | None] = [None] * len(texts)
+    latencies_ms = [0.0] * len(texts)
+    gate = threading.Barrier(threads + 1)
+
+    def work(first: int) -> None:
+        gate.wait()
+        for index in range(first, len(texts), threads):
+            start = time.perf_counter()
+            answers[index] = classifier.predict([texts[index]])[0].label
+            latencies_ms[index] = 1000 * (time.perf_counter() - start)
+
+    workers = [threading.Thread(target=work, args=(first,)) for first in range(threads)]
+    for worker in workers:
+        worker.start()
+    gate.wait()
+    start = time.perf_counter()
+    for worker in workers:
+        worker.join()
+    seconds = time.perf_counter() - start
+    wrong = sum(one != other for one, other in zip(answers, expected, strict=True))
+    if wrong > len(texts) // 100:  # INT8 scales depend on the batch, so a few are on the edge
+        raise SystemExit(f"{wrong} of {len(texts)} answers were lost or swapped")
+    return seconds, latencies_ms
+
+
+def threads_beside_batches(bundle: Path, threads: int, max_wait_ms: float) -> None:
+    """Prints how near threads come to batches."""
+    texts = sentences(TEXTS)
+    ratios, p99s_ms = [], []
+    with (
+        Classifier.load(bundle, device="cpu", max_wait_ms=max_wait_ms) as shared,
+        Classifier.load(bundle, device="cpu") as plain,
+    ):
+        for _ in range(ROUNDS):
+            seconds, latencies_ms = by_threads(shared, texts, threads)
+            ratios.append(seconds_of(lambda: plain.predict(texts)) / seconds)
+            p99s_ms.append(float(np.percentile(latencies_ms, 99)))
+        longest = [max(texts, key=len)] * plain.batch_size
+        longest_ms = 1000 * seconds_of(lambda: plain.predict(longest))
+    print(
+        f"{threads} threads: {statistics.median(ratios):.2f} of the throughput of batches "
+        f"({min(ratios):.2f}-{max(ratios):.2f}); p99 {statistics.median(p99s_ms):.1f} ms, where "
+        f"max_wait_ms and one batch of the longest text make {max_wait_ms + longest_ms:.1f} ms"
+    )
+
+
+def stream_beside_list(bundle: Path, lines: int) -> None:
+    """Prints how near a stream comes to a list, and how much memory a long one takes."""
+    texts = sentences(4 * TEXTS)
+    with Classifier.load(bundle, device="cpu") as classifier:
+        if list(classifier.stream(iter(texts))) != classifier.predict(texts):
+            print("stream and predict differ: batches of other texts, or a fault")
+        ratios = []
+        for _ in range(ROUNDS):
+            streamed = seconds_of(lambda: list(classifier.stream(iter(texts))))
+            ratios.append(seconds_of(lambda: classifier.predict(texts)) / streamed)
+        start, held, most = time.perf_counter(), 0.0, 0.0
+        for count, _ in enumerate(classifier.stream(islice(cycle(texts), lines)), start=1):
+            if count == lines // 10:
+                held = rss_mb()
+            if count % 1000 == 0:
+                most = max(most, rss_mb())
+        seconds = time.perf_counter() - start
+    print(
+        f"stream: {statistics.median(ratios):.2f} of a list's throughput ({min(ratios):.2f}-"
+        f"{max(ratios):.2f}); {lines} lines at {lines / seconds:.0f} texts/s, grown by "
+        f"{max(0.0, most - held):.1f} MB after the first tenth"
+    )
+
+
+def seconds_of(job: Callable[[], object]) -> float:
+    """Times a call."""
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measures threads, then the stream."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("build", type=Path)
+    parser.add_argument("--lines", type=int, default=1_000_000)
+    parser.add_argument("--threads", type=int, default=32)
+    parser.add_argument("--max-wait-ms", type=float, default=5.0)
+    options = parser.parse_args()
+    bundle = options.build / "bundle"
+    threads_beside_batches(bundle, options.threads, options.max_wait_ms)
+    stream_beside_list(bundle, options.lines)
+
+
+if __name__ == "__main__":
+    main()
