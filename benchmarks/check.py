@@ -53,7 +53,9 @@ def compare(bundle: Path, variant: str, rounds: int, texts: list[str]) -> dict[s
             pair = (ours, bare) if round_ % 2 else (bare, ours)
             whole = {c: c.ask(texts) for c in pair}
             single = {c: c.ask(texts[:SINGLE], one_by_one=True) for c in pair}
-            if whole[ours]["labels"] != whole[bare]["labels"]:
+            labels = zip(whole[ours]["labels"], whole[bare]["labels"], strict=True)
+            wrong = sum(mine != other for mine, other in labels)
+            if wrong > len(texts) // 50:  # dynamic INT8 depends a little on who shares a batch
                 raise SystemExit(f"{variant}: edgebert and the bare script disagree on labels")
             if round_:  # the first round is a warm-up
                 found["throughput"].append(whole[bare]["seconds"][0] / whole[ours]["seconds"][0])
