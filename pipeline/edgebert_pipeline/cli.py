@@ -187,7 +187,7 @@ def distill(
 @click.argument("data", type=click.Path(path_type=Path))
 @_column_options
 @click.option("--latency-texts", type=click.IntRange(1), default=200, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Threads for one operator.")
+@click.option("--threads", type=click.IntRange(1), help="Cores to use on a CPU; all by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def evaluate(
     bundle: Path,
