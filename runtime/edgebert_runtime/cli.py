@@ -99,7 +99,9 @@ def _bundle_argument(command: Callable[..., None]) -> Callable[..., None]:
 
 def _session_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--threads", type=click.IntRange(1), help="Cores to use on a CPU; all by default."),
+        click.option(
+            "--threads", type=click.IntRange(1), help="Cores to use on a CPU; all by default."
+        ),
         click.option("--variant", help="Variant to load instead of the device's best."),
         click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True),
     ):
