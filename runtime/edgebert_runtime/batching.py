@@ -1,8 +1,8 @@
 """Which rows share a call of the model, and who waits for whom.
 
-Rows of like length share a batch, so that little of it is padding; a batch holds so many tokens
-that its activations stay in a processor's cache. Texts that come one by one from many threads
-are gathered into batches by ``Gatherer``.
+Rows of like length share a batch, so that little of it is padding. A batch is small enough for its
+activations to stay in a processor's cache, and large enough to be worth a call of the model. Texts
+that come one by one from many threads are gathered into batches by ``Gatherer``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edgebert_runtime.errors import DeviceError
 
@@ -24,49 +23,85 @@ if TYPE_CHECKING:
 __all__ = ["Gatherer", "by_length"]
 
 
-def by_length(rows: Sequence[Encoded], most_rows: int, most_tokens: int) -> list[list[int]]:
-    """Returns indices of rows, shortest first, in batches.
+def by_length(
+    rows: Sequence[Encoded], most_rows: int, most_tokens: int, call_tokens: int
+) -> list[list[int]]:
+    """Returns indices of rows, shortest first, in the batches that take the least time together.
+
+    A batch takes the time of its tokens, padding included, and of the call itself. Rows of one
+    batch follow each other in length, so the cheapest way to cut the sorted rows is found by
+    dynamic programming over where the last batch begins.
 
     Args:
         rows: Tokenised texts.
         most_rows: Most rows of a batch.
         most_tokens: Most tokens of a batch of several rows, padding included.
+        call_tokens: What a call takes besides its tokens, as so many tokens.
     """
+    if len(rows) == 1:
+        return [[0]]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    cost, begins = [0], [0]  # of the first so many rows; where the last of their batches begins
+    for end, index in enumerate(order, start=1):
+        longest = len(rows[index].ids)
+        least, begin = cost[-1] + longest, end - 1
+        for first in range(end - 2, max(-1, end - most_rows - 1), -1):
+            tokens = longest * (end - first)
+            if tokens > most_tokens:
+                break
+            if cost[first] + tokens <= least:
+                least, begin = cost[first] + tokens, first
+        cost.append(least + call_tokens)
+        begins.append(begin)
     batches: list[list[int]] = []
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index].ids)):
-        batch = batches[-1] if batches else []
-        room = len(rows[index].ids) * (len(batch) + 1) <= most_tokens
-        if batch and room and len(batch) < most_rows:
-            batch.append(index)
-        else:
-            batches.append([index])
-    return batches
+    end = len(order)
+    while end:
+        batches.append(order[begins[end] : end])
+        end = begins[end]
+    return batches[::-1]
 
 
-class _Waiting:
+class _Call:
+    """What a caller waits for: an answer to each of its rows."""
+
+    __slots__ = ("answers", "done", "fault", "left")
+
+    def __init__(self, count: int) -> None:
+        self.answers: list[NDArray[np.float32] | None] = [None] * count
+        self.left = count
+        self.fault: BaseException | None = None
+        self.done = threading.Lock()  # held until all are there: waiting costs least that way
+        self.done.acquire()
+
+    def answer(self, place: int, logits: NDArray[np.float32] | None) -> None:
+        self.answers[place] = logits
+        self.left -= 1
+        if not self.left:
+            self.done.release()
+
+
+class _Waiting(NamedTuple):
     """A row that waits for its batch."""
 
-    __slots__ = ("answer", "row", "since")
-
-    def __init__(self, row: Encoded) -> None:
-        self.row = row
-        self.since = time.monotonic()
-        self.answer: Future[NDArray[np.float32]] = Future()
+    row: Encoded
+    call: _Call
+    place: int
+    since: float
 
 
 class Gatherer:
     """Gathers rows that threads bring one by one into batches, without losing or swapping any.
 
-    A batch starts with the row that has waited longest; those nearest to it in length join it. It
-    is run when there are as many rows as can be expected, by how many callers there are, and at
-    the latest ``max_wait_ms`` after its first row came, if a worker is free. So a lone caller never
+    What waits is cut into batches by length, and the one with the row that has waited longest is
+    run. That begins when as many rows wait as can be expected, by how many callers there are, and
+    at the latest ``max_wait_ms`` after that row came, if a worker is free. So a lone caller never
     waits for others.
 
     Args:
         run: Computes the raw outputs of a batch, ``float32[rows, labels]``; called by ``workers``
             threads.
+        cut: Cuts rows into batches of indices; see ``by_length``.
         most_rows: Most rows of a batch.
-        most_tokens: Most tokens of a batch of several rows, padding included.
         max_wait_ms: Longest time that a row waits for others, in milliseconds.
         workers: Batches that are computed at a time.
     """
@@ -74,15 +109,15 @@ class Gatherer:
     def __init__(
         self,
         run: Callable[[list[Encoded]], NDArray[np.float32]],
+        cut: Callable[[Sequence[Encoded]], list[list[int]]],
         *,
         most_rows: int,
-        most_tokens: int,
         max_wait_ms: float,
         workers: int,
     ) -> None:
         self._run = run
+        self._cut = cut
         self._most_rows = most_rows
-        self._most_tokens = most_tokens
         self._max_wait_s = max_wait_ms / 1000
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
@@ -102,15 +137,20 @@ class Gatherer:
         Raises:
             DeviceError: The backend failed, or this is closed.
         """
-        mine = [_Waiting(row) for row in rows]
+        if not rows:
+            return []
+        call, since = _Call(len(rows)), time.monotonic()
         with self._changed:
             if self._closed:
                 raise DeviceError("the classifier is closed")
-            self._waiting += mine
-            self._inside += len(mine)
+            self._waiting += [_Waiting(row, call, place, since) for place, row in enumerate(rows)]
+            self._inside += len(rows)
             self._crowd = max(self._crowd, self._inside)
             self._changed.notify()
-        return [waiting.answer.result() for waiting in mine]
+        with call.done:
+            if call.fault is not None:
+                raise call.fault
+            return call.answers  # type: ignore[return-value]  # none is missing
 
     def _work(self) -> None:
         while True:
@@ -118,16 +158,17 @@ class Gatherer:
                 batch = self._next()
             if batch is None:
                 return
+            fault: BaseException | None = None
+            found: list[NDArray[np.float32] | None] = [None] * len(batch)
             try:
-                found = self._run([waiting.row for waiting in batch])
+                found = list(self._run([waiting.row for waiting in batch]))
             except BaseException as exc:
-                for waiting in batch:
-                    waiting.answer.set_exception(exc)
-            else:
-                for waiting, logits in zip(batch, found, strict=True):
-                    waiting.answer.set_result(logits)
+                fault = exc
             with self._changed:
                 self._inside -= len(batch)
+                for waiting, logits in zip(batch, found, strict=True):
+                    waiting.call.fault = waiting.call.fault or fault
+                    waiting.call.answer(waiting.place, logits)
 
     def _next(self) -> list[_Waiting] | None:
         """Waits for the next batch; ``None`` when this is closed."""
@@ -151,18 +192,12 @@ class Gatherer:
         return min(self._most_rows, self._crowd / len(self._threads))
 
     def _take(self) -> list[_Waiting]:
-        """Takes the row that has waited longest, and those nearest to it in length."""
-        first = self._waiting[0]
-        length = len(first.row.ids)
-        batch, longest = [first], length
-        for other in sorted(self._waiting[1:], key=lambda w: abs(len(w.row.ids) - length)):
-            longest = max(longest, len(other.row.ids))
-            if len(batch) == self._most_rows or longest * (len(batch) + 1) > self._most_tokens:
-                break
-            batch.append(other)
-        taken = set(map(id, batch))
-        self._waiting = [waiting for waiting in self._waiting if id(waiting) not in taken]
-        return batch
+        """Takes the row that has waited longest, and those that it is best computed with."""
+        window = self._waiting[: 2 * self._most_rows]  # so that a crowd does not take long to cut
+        batch = next(b for b in self._cut([waiting.row for waiting in window]) if 0 in b)
+        for index in sorted(batch, reverse=True):
+            del self._waiting[index]
+        return [window[index] for index in batch]
 
     def close(self) -> None:
         """Answers what still waits, and ends the threads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -40,6 +41,8 @@ _CHUNK_TEXTS = 1024
 _ANY = sys.maxsize
 _CPU_BATCH_TOKENS = 512
 """Tokens of a batch on a CPU: its activations then stay in a core's cache (docs/performance.md)."""
+_CPU_CALL_TOKENS = 16
+"""What a call takes on a CPU besides its tokens (docs/performance.md)."""
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -83,6 +86,8 @@ class Classifier:
         batch_size: Most texts in one call of the model; at least 1.
         batch_tokens: Most tokens in one call of several texts, padding included; any number when
             ``None``.
+        call_tokens: What a call takes besides its tokens, as so many tokens: less makes more and
+            smaller calls with less padding; ``None`` makes as few as there can be.
         workers: Calls of the model at a time, when there are texts for several.
         start_worker_session: Loads the model for the workers, each of which runs it on its own
             core; when ``None`` they share ``session``.
@@ -100,6 +105,7 @@ class Classifier:
         *,
         batch_size: int = 32,
         batch_tokens: int | None = None,
+        call_tokens: int | None = None,
         workers: int = 1,
         start_worker_session: Callable[[], Session] | None = None,
         max_wait_ms: float | None = None,
@@ -113,7 +119,12 @@ class Classifier:
         self._session = session
         self._encoder = encoder
         self.batch_size = batch_size
-        self._batch_tokens = batch_tokens or _ANY
+        self._cut = functools.partial(
+            by_length,
+            most_rows=batch_size,
+            most_tokens=_ANY if batch_tokens is None else batch_tokens,
+            call_tokens=_ANY if call_tokens is None else call_tokens,
+        )
         self._workers = workers
         self._start_worker_session = start_worker_session
         self._worker_session: Session | None = None
@@ -127,8 +138,8 @@ class Classifier:
         if max_wait_ms is not None:
             self._gatherer = Gatherer(
                 self._on_worker,
+                self._cut,
                 most_rows=batch_size,
-                most_tokens=self._batch_tokens,
                 max_wait_ms=max_wait_ms,
                 workers=workers,
             )
@@ -215,6 +226,7 @@ class Classifier:
             bundle.manifest.task,
             batch_size=batch_size,
             batch_tokens=_CPU_BATCH_TOKENS if choice.device == "cpu" else None,
+            call_tokens=_CPU_CALL_TOKENS if choice.device == "cpu" else None,
             workers=cores if by_core else 1,
             start_worker_session=start_worker_session if by_core else None,
             max_wait_ms=max_wait_ms,
@@ -262,7 +274,7 @@ class Classifier:
             (rows,) = chunks
             if self._gatherer is not None:
                 return np.stack(self._gatherer.logits(rows))
-            if len(by_length(rows, self.batch_size, self._batch_tokens)) == 1:
+            if len(self._cut(rows)) == 1:
                 return self._compute(rows, self._session)
             chunks = iter([rows])
         logits = np.empty((len(texts), len(self.task.labels)), dtype=np.float32)
@@ -302,7 +314,7 @@ class Classifier:
         running: deque[tuple[int, list[tuple[list[int], Future[NDArray[np.float32]]]]]] = deque()
         try:
             for rows in chunks:
-                batches = by_length(rows, self.batch_size, self._batch_tokens)
+                batches = self._cut(rows)
                 pool = self._running_pool()
                 futures = [
                     pool.submit(self._on_worker, [rows[index] for index in batch])

@@ -97,8 +97,14 @@ class TextEncoder:
                 valid Unicode.
         """
         self._check(texts, first_index)
+        bounded = [self._bounded(text) for text in texts]
         try:
-            encodings = self._tokenizer.encode_batch([self._bounded(text) for text in texts])
+            if len(bounded) == 1:  # a batch would wake the threads that share its work
+                (only,) = bounded
+                parts = (only,) if isinstance(only, str) else only
+                encodings = [self._tokenizer.encode(*parts)]
+            else:
+                encodings = self._tokenizer.encode_batch(bounded)
         except (TypeError, UnicodeEncodeError) as exc:
             raise InputError(f"a text is not valid Unicode: {exc}") from exc
         return [Encoded(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def test_batches_hold_every_row_once_and_keep_to_both_limits(
     lengths: list[int], most_rows: int, most_tokens: int
 ) -> None:
     rows = [_row(length) for length in lengths]
-    batches = by_length(rows, most_rows, most_tokens)
+    batches = by_length(rows, most_rows, most_tokens, 16)
     assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
     in_order = [lengths[index] for batch in batches for index in batch]
     assert in_order == sorted(lengths)
@@ -38,6 +39,33 @@ def test_batches_hold_every_row_once_and_keep_to_both_limits(
         assert 1 <= len(batch) <= most_rows
         padded = len(batch) * max(lengths[index] for index in batch)
         assert len(batch) == 1 or padded <= most_tokens
+
+
+def _all_cuts(count: int) -> Iterator[list[int]]:
+    """Yields every way to cut so many rows into batches, as the batches' sizes."""
+    if count == 0:
+        yield []
+    for size in range(1, count + 1):
+        for rest in _all_cuts(count - size):
+            yield [size, *rest]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.sampled_from([0, 16, 10**9]))
+def test_no_other_way_to_cut_takes_less_time(lengths: list[int], call_tokens: int) -> None:
+    most_rows, most_tokens = 4, 100
+
+    def takes(sizes: list[int]) -> int | None:
+        total, begin = 0, 0
+        for size in sizes:
+            longest = sorted(lengths)[begin + size - 1]
+            if size > most_rows or (size > 1 and size * longest > most_tokens):
+                return None
+            total, begin = total + size * longest + call_tokens, begin + size
+        return total
+
+    batches = by_length([_row(n) for n in lengths], most_rows, most_tokens, call_tokens)
+    possible = [cost for sizes in _all_cuts(len(lengths)) if (cost := takes(sizes)) is not None]
+    assert takes([len(batch) for batch in batches]) == min(possible)
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +178,9 @@ def test_thirty_two_threads_each_get_the_answers_to_their_own_texts(
 
 
 def _gatherer(run: Any, **kwargs: Any) -> Gatherer:
-    settings = {"most_rows": 8, "most_tokens": 512, "max_wait_ms": 0.0, "workers": 2}
-    return Gatherer(run, **(settings | kwargs))
+    settings = {"most_rows": 8, "max_wait_ms": 0.0, "workers": 2} | kwargs
+    cut = partial(by_length, most_rows=settings["most_rows"], most_tokens=512, call_tokens=16)
+    return Gatherer(run, cut, **settings)
 
 
 def test_rows_that_waited_share_a_batch_with_those_nearest_in_length() -> None:
