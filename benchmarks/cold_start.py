@@ -49,6 +49,7 @@ def run(command: list[str], cache: str) -> tuple[float, float, str]:
     """Runs a process; returns its wall time in s, its peak memory in MB, and what it printed."""
     start = time.perf_counter()
     environment = {**os.environ, "EDGEBERT_CACHE_DIR": cache}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     printed = process.stdout.read()

@@ -21,7 +21,7 @@ from edgebert_runtime.cache import is_known_whole, remember_whole
 from edgebert_runtime.device import Choice, DeviceFacts, choose, gather_facts
 from edgebert_runtime.encoder import Encoded, Text, TextEncoder
 from edgebert_runtime.errors import BundleError, DeviceError, EdgebertError, InputError
-from edgebert_runtime.manifest import Task
+from edgebert_runtime.manifest import Manifest, Task
 from edgebert_runtime.onnx_session import OnnxSession
 from edgebert_runtime.processor import usable_cores
 from edgebert_runtime.session import Session
@@ -189,21 +189,21 @@ class Classifier:
         bundle = Bundle.open(path)
         # The files that are parsed are hashed when they are read; the rest beside the loading.
         rest = None if is_known_whole(bundle) else _Background(bundle.verify)
+        likely = _likely_model(bundle.manifest, device, variant)
+        model = None if likely is None else _Background(functools.partial(bundle.read, likely))
         facts = gather_facts(device)
         choice = choose_for(bundle, facts, device, variant, build_engine=build_engine)
         for reason in choice.faults:
             _warn("running %s on %s: %s", choice.variant.name, choice.device, reason)
 
         cores = intra_op_threads or usable_cores()
-        first = choice.variant.model
-        model = None if choice.engine else _Background(functools.partial(bundle.read, first))
-        encoder = encoder_for(bundle)  # while the model is read and hashed
+        encoder = encoder_for(bundle)
 
         def start(chosen: Choice) -> Session:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
                 return _start_engine(bundle, chosen, facts, on_progress)
             path = chosen.variant.model
-            data = model.result() if model and path == first else bundle.read(path)
+            data = model.result() if model and path == likely else bundle.read(path)
             session = OnnxSession(data, device=chosen.device, intra_op_threads=cores)
             _check_belongs(session, bundle)
             return session
@@ -524,6 +524,14 @@ def _start_engine(
     session = open_engine(bundle, choice.engine, cache)
     _check_belongs(session, bundle)
     return session
+
+
+def _likely_model(manifest: Manifest, device: str, variant: str | None) -> str | None:
+    """The model that a CPU would run: it is read and hashed while ONNX Runtime is imported."""
+    if device not in {"auto", "cpu"}:
+        return None
+    fitting = (v for v in manifest.variants if "cpu" in v.devices and variant in {None, v.name})
+    return next((v.model for v in fitting), None)
 
 
 def _warn(message: str, *args: object) -> None:
