@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from edgebert_export.dataset import Example
 from edgebert_pipeline.build import library_versions
 from edgebert_pipeline.intervals import wilson
-from edgebert_runtime.bench import Timing, measure
+from edgebert_runtime.bench import Timing, measure, spread_over_lengths
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.classifier import Classifier, encoder_for
-from edgebert_runtime.encoder import Text
 from edgebert_runtime.manifest import Task, Variant
 from edgebert_runtime.onnx_session import OnnxSession
 
@@ -221,7 +220,7 @@ def evaluate(
                 on_progress(done, steps)
         timings = measure(
             classifiers,
-            _spread_over_lengths(texts, latency_texts),
+            spread_over_lengths(texts, latency_texts),
             repeats=latency_repeats,
             on_progress=lambda done, _: (
                 on_progress(len(entries) + done, steps) if on_progress else None
@@ -363,12 +362,6 @@ def _compare(
             )
         )
     return tuple(found)
-
-
-def _spread_over_lengths(texts: Sequence[Text], count: int) -> list[Text]:
-    ordered = sorted(texts, key=lambda text: len(text if isinstance(text, str) else "".join(text)))
-    count = min(count, len(ordered))
-    return [ordered[index] for index in np.linspace(0, len(ordered) - 1, count).astype(int)]
 
 
 def _accuracy(correct: int, rows: int) -> dict[str, Any]:
