@@ -16,7 +16,7 @@ from edgebert_pipeline.errors import GateRefusedError, RecipeError
 from edgebert_runtime.cli import COMMANDS, CommandGroup
 
 if TYPE_CHECKING:
-    from edgebert_pipeline.evaluate import Evaluation
+    from edgebert_pipeline.scores import Evaluation
 
 __all__ = ["main"]
 
@@ -86,7 +86,7 @@ def export(
     """
     from edgebert_export.processes import is_leader
     from edgebert_pipeline.gate import describe_breach
-    from edgebert_pipeline.report import render_table
+    from edgebert_pipeline.report_markdown import render_table
     from edgebert_pipeline.run import export as run
 
     out = out or Path("build") / recipe.stem
@@ -110,7 +110,7 @@ def export(
 
 
 def _warn_if_nothing_is_learnt(evaluation: Evaluation) -> None:
-    from edgebert_pipeline.report import NOTHING_LEARNED
+    from edgebert_pipeline.report_markdown import NOTHING_LEARNED
 
     if evaluation.learned_nothing:
         click.echo(f"warning: {NOTHING_LEARNED} ({evaluation.baseline_accuracy:.4f})", err=True)
@@ -163,7 +163,7 @@ def distill(
     """
     from edgebert_export.processes import is_leader
     from edgebert_pipeline.distill_options import recipe_for
-    from edgebert_pipeline.report import render_table
+    from edgebert_pipeline.report_markdown import render_table
     from edgebert_pipeline.run import distill_checkpoint
 
     recipe = recipe_for(
@@ -203,11 +203,11 @@ def evaluate(
 ) -> None:
     """Measure every variant of BUNDLE on the labelled rows of DATA."""
     from edgebert_pipeline.data import load_examples
-    from edgebert_pipeline.evaluate import MODEL
     from edgebert_pipeline.evaluate import evaluate as run
     from edgebert_pipeline.progress import Reporter
     from edgebert_pipeline.recipe import DataConfig, RowsSource
-    from edgebert_pipeline.report import render_table
+    from edgebert_pipeline.report_markdown import render_table
+    from edgebert_pipeline.scores import MODEL
     from edgebert_runtime.bundle import Bundle
     from edgebert_runtime.errors import InputError
 
@@ -275,18 +275,11 @@ def estimate(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def report(run: Path, as_json: bool) -> None:
     """Print the report of a build directory RUN (or of a report.json) as Markdown."""
-    from edgebert_pipeline.report import Report, render_markdown
-    from edgebert_runtime.errors import InputError
+    from edgebert_pipeline.read_report import read_report
+    from edgebert_pipeline.report_markdown import render_markdown
 
-    path = run / "report.json" if run.is_dir() else run
-    try:
-        data = path.read_bytes()
-        found = msgspec.json.decode(data, type=Report)
-    except OSError as exc:
-        raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
-    except msgspec.DecodeError as exc:
-        raise InputError(f"{path} is not a report of this edgebert: {exc}") from exc
-    click.echo(data if as_json else render_markdown(found), nl=False)
+    found = read_report(run)
+    click.echo(msgspec.json.encode(found) if as_json else render_markdown(found), nl=as_json)
 
 
 @main.command()

@@ -122,7 +122,7 @@ class DeviceReport(msgspec.Struct, frozen=True, kw_only=True):
         measured_at: When measuring began: UTC, ISO 8601.
         variants: What was measured, in the order in which a device prefers it.
         skipped: Variants that do not run here, and why.
-        test_sha256: Hash of the labelled rows, as ``rows_sha256`` makes it; ``None`` without any.
+        rows_sha256: Hash of the labelled rows, as ``rows_sha256`` makes it; ``None`` without any.
         intra_op_threads: Cores to use on a CPU; ``None`` for all usable ones.
         facts: What the machine offers; its power mode is in it if it is a Jetson.
         board: What the board calls itself.
@@ -140,7 +140,7 @@ class DeviceReport(msgspec.Struct, frozen=True, kw_only=True):
     measured_at: str
     variants: Annotated[tuple[DeviceVariant, ...], Meta(min_length=1)]
     skipped: dict[str, str]
-    test_sha256: str | None
+    rows_sha256: str | None
     intra_op_threads: int | None
     facts: DeviceFacts
     board: str | None
@@ -244,7 +244,7 @@ def measure_device(
         measured_at=started.isoformat(timespec="seconds"),
         variants=tuple(variants),
         skipped=skipped,
-        test_sha256=rows_sha256(rows) if rows else None,
+        rows_sha256=rows_sha256(rows) if rows else None,
         intra_op_threads=intra_op_threads,
         facts=facts,
         board=board_name(),

@@ -61,7 +61,7 @@ def test_the_report_says_what_was_measured_on_what(tmp_path, tiny_bundles, data:
     assert variant.size_bytes == (bundle / "models" / "fp32.onnx").stat().st_size
     assert variant.accuracy is not None
     assert (variant.accuracy.correct, variant.accuracy.rows) == (10, 12)
-    assert report.test_sha256 == rows_sha256(rows)
+    assert report.rows_sha256 == rows_sha256(rows)
     assert variant.timing.texts == 12
     assert variant.timing.texts_sha256 == rows_sha256([(text, ()) for text, _ in rows])
     assert "accuracy: 0.8333 (10 of 12 rows)" in done.stdout
@@ -76,7 +76,7 @@ def test_without_data_the_grid_goes_up_to_the_longest_text(tmp_path, tiny_bundle
         rows = classifier.encoder.encode(own_texts(classifier.task, 64)[1])
         longest = max(len(row.ids) for row in rows)
     assert timing.cells[-1].max_tokens >= longest > timing.cells[-1].max_tokens / 2
-    assert report.test_sha256 is None
+    assert report.rows_sha256 is None
     assert report.variants[0].accuracy is None
 
 
