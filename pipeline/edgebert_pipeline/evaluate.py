@@ -19,7 +19,7 @@ from edgebert_runtime.classifier import Classifier, encoder_for
 from edgebert_runtime.condition import processor_name
 from edgebert_runtime.manifest import Variant
 from edgebert_runtime.onnx_session import OnnxSession
-from edgebert_runtime.rows import rows_sha256
+from edgebert_runtime.rows import pack_right, rows_sha256
 
 __all__ = ["evaluate", "machine", "reference_variant"]
 
@@ -87,6 +87,8 @@ def evaluate(
         model: reference_variant([variant for owner, variant in entries if owner == model])
         for model in bundles
     }
+    labels = opened[entries[0][0]].manifest.task.labels
+    rows = [(e.text, tuple(labels[index] for index in e.labels)) for e in examples]
     variants = []
     for model, variant in entries:
         name = full_name(model, variant.name)
@@ -102,14 +104,12 @@ def evaluate(
                 size_bytes=sizes[variant.model],
                 **score(answers[name], reference, teacher),
                 timing=timings.get(name),
+                right_rows=pack_right(rows, answers[name].correct),
             )
         )
-    labels = opened[variants[0].model].manifest.task.labels
     return Evaluation(
         rows=len(examples),
-        rows_sha256=rows_sha256(
-            (example.text, tuple(labels[index] for index in example.labels)) for example in examples
-        ),
+        rows_sha256=rows_sha256(rows),
         baseline_accuracy=max(Counter(e.labels for e in examples).values()) / len(examples),
         references=references,
         variants=tuple(variants),

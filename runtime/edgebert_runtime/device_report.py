@@ -31,7 +31,7 @@ from edgebert_runtime.encoder import Text
 from edgebert_runtime.errors import DeviceError, InputError
 from edgebert_runtime.facts import DeviceFacts, gather_facts
 from edgebert_runtime.manifest import Task
-from edgebert_runtime.rows import Labelled, rows_sha256
+from edgebert_runtime.rows import Labelled, pack_right, rows_sha256
 
 __all__ = [
     "DEVICE_REPORT_VERSION",
@@ -77,11 +77,13 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
         correct: Rows answered right; in ``multi_label``, with every label right.
         rows: Rows in all.
         truncated: Rows that were cut to ``max_length``.
+        right_rows: Which rows were answered right, as ``pack_right`` notes it.
     """
 
     correct: int
     rows: int
     truncated: int
+    right_rows: str
 
     @property
     def share(self) -> float:
@@ -278,13 +280,14 @@ def _accuracy(classifier: Classifier, rows: Sequence[Labelled]) -> Accuracy | No
         return None
     before = classifier.stats.truncated
     answers = classifier.predict([text for text, _ in rows])
+    right = [
+        set(answer.labels) == set(labels) for answer, (_, labels) in zip(answers, rows, strict=True)
+    ]
     return Accuracy(
-        correct=sum(
-            set(answer.labels) == set(labels)
-            for answer, (_, labels) in zip(answers, rows, strict=True)
-        ),
+        correct=sum(right),
         rows=len(rows),
         truncated=classifier.stats.truncated - before,
+        right_rows=pack_right(rows, right),
     )
 
 
