@@ -1,10 +1,14 @@
-"""Markdown tables that read well on a terminal, too."""
+"""Reports as Markdown that reads well on a terminal, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-__all__ = ["cell", "table"]
+from markupsafe import Markup
+
+from edgebert_pipeline.parts import Cell, Facts, Grid, Heading, Notice, Part, Section, Table
+
+__all__ = ["cell", "render_parts", "render_sections", "table"]
 
 
 def cell(text: str) -> str:
@@ -21,3 +25,45 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def render_sections(sections: Sequence[Section]) -> str:
+    """Returns sections as Markdown: all but charts and what is folded away."""
+    return "\n\n".join(
+        f"## {section.title}\n\n{render_parts(section.parts)}" for section in sections
+    )
+
+
+def render_parts(parts: Sequence[Part]) -> str:
+    """Returns parts as Markdown: all but charts and what is folded away."""
+    return "\n\n".join(text for part in parts for text in _blocks(part))
+
+
+def _blocks(part: Part) -> Iterator[str]:
+    if isinstance(part, Markup):
+        return
+    if isinstance(part, str):
+        yield part.replace("<", "&lt;")
+    elif isinstance(part, Heading):
+        yield f"### {part.text}"
+    elif isinstance(part, Notice):
+        yield part.text.replace("<", "&lt;")
+    elif isinstance(part, Facts):
+        rows = [(cell(f.name), cell(f.value), f.note.replace("<", "&lt;")) for f in part.facts]
+        yield table(("", "", ""), rows)
+    elif isinstance(part, Table):
+        if part.caption:
+            yield f"{part.caption.replace('<', '&lt;')}:"
+        yield table(
+            [cell(column.name) for column in part.columns],
+            [[_cell(item) for item in row] for row in part.rows],
+        )
+    elif isinstance(part, Grid):
+        for inner in part.parts:
+            yield from _blocks(inner)
+
+
+def _cell(item: Cell | str) -> str:
+    if isinstance(item, str):
+        return cell(item)
+    return f"`{cell(item.text)}`" if item.mood == "code" and item.text else cell(item.text)

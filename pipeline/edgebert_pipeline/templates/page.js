@@ -1,0 +1,84 @@
+"use strict";
+// Draws the charts, lets tables be sorted, and opens what is folded away before printing.
+(() => {
+  const look = {
+    background: null,
+    font: getComputedStyle(document.body).fontFamily,  // Vega measures texts with it
+    autosize: { type: "fit-x", contains: "padding" },
+    view: { stroke: null },
+    axis: {
+      labelColor: "var(--muted)", titleColor: "var(--muted)", gridColor: "var(--rule)",
+      domainColor: "var(--rule)", tickColor: "var(--rule)", titleFontWeight: "normal",
+      labelFontSize: 12, titleFontSize: 12, gridOpacity: 0.7, labelLimit: 170, titlePadding: 8,
+    },
+    legend: {
+      labelColor: "var(--ink)", titleColor: "var(--muted)", titleFontWeight: "normal",
+      labelFontSize: 12, titleFontSize: 12, orient: "top", symbolStrokeWidth: 2, columns: 2,
+      labelLimit: 220, offset: 4,
+    },
+    text: { color: "var(--ink)", fontSize: 12 },
+    point: { filled: true, size: 80 },
+    bar: { cornerRadiusEnd: 2 },
+    rule: { color: "var(--muted)" },
+  };
+
+  for (const plot of document.querySelectorAll(".plot")) {
+    const spec = JSON.parse(plot.querySelector("script").textContent);
+    const whole = {
+      width: "container",
+      description: plot.getAttribute("aria-label"),
+      ...spec,
+      config: look,
+    };
+    vegaEmbed(plot, whole, { actions: false, renderer: "svg", tooltip: { theme: "custom" } })
+      .then(() => plot.removeAttribute("aria-label"))  // Vega's own drawing has it now
+      .catch((error) => {
+        plot.classList.add("failed");
+        plot.textContent = `This chart cannot be drawn: ${error.message}`;
+        console.error(error);
+      });
+  }
+
+  const valueOf = (cell) => {
+    const raw = cell.dataset.value ?? cell.textContent.trim();
+    const number = raw === "" ? NaN : Number(raw);
+    return Number.isNaN(number) ? raw : number;
+  };
+  const compare = (a, b) => {
+    if (a === "" || b === "") return a === b ? 0 : a === "" ? 1 : -1;
+    if (typeof a === "number" && typeof b === "number") return a - b;
+    return String(a).localeCompare(String(b), undefined, { numeric: true });
+  };
+  for (const table of document.querySelectorAll("table")) {
+    const body = table.tBodies[0];
+    if (!table.tHead || body.rows.length < 2) continue;
+    [...table.tHead.rows[0].cells].forEach((head, column) => {
+      if (!head.textContent.trim()) return;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending";
+        for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const rows = [...body.rows].map((row) => [valueOf(row.cells[column]), row]);
+        rows.sort(([a], [b]) => (a === "" || b === "" ? compare(a, b) : (down ? -1 : 1) * compare(a, b)));
+        body.append(...rows.map(([, row]) => row));
+      });
+    });
+  }
+
+  addEventListener("beforeprint", () => {
+    for (const folded of document.querySelectorAll("details:not([open])")) {
+      folded.open = true;
+      folded.dataset.folded = "";
+    }
+  });
+  addEventListener("afterprint", () => {
+    for (const folded of document.querySelectorAll("details[data-folded]")) {
+      folded.open = false;
+      delete folded.dataset.folded;
+    }
+  });
+})();
