@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgebert_export.dataset import Example
-from edgebert_pipeline.intervals import bootstrap, wilson
+from edgebert_pipeline.intervals import bootstrap, mcnemar, wilson
 from edgebert_pipeline.scores import (
     TEACHER,
     Comparison,
@@ -222,8 +222,6 @@ def compare(
         references: As in ``Evaluation``.
         answers: By full name.
     """
-    from scipy.stats import binomtest
-
     shipped = variants[0].model
     pairs: list[tuple[VariantScores, VariantScores]] = []
     for variant in variants:
@@ -242,14 +240,13 @@ def compare(
     for first, second in pairs:
         one, two = (answers[v.full_name].correct for v in (first, second))
         only_first, only_second = int((one & ~two).sum()), int((two & ~one).sum())
-        differing = only_first + only_second
         found.append(
             Comparison(
                 first=first.full_name,
                 second=second.full_name,
                 only_first_correct=only_first,
                 only_second_correct=only_second,
-                p_value=float(binomtest(only_first, differing).pvalue) if differing else 1.0,
+                p_value=mcnemar(only_first, only_second),
             )
         )
     return tuple(found)
