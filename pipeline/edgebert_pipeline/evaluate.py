@@ -9,19 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from edgebert_export.dataset import Example
 from edgebert_pipeline.answers import Answers, compare, find_flips, score
 from edgebert_pipeline.build import library_versions
 from edgebert_pipeline.scores import TEACHER, Evaluation, VariantScores, full_name
-from edgebert_runtime.bench import measure
+from edgebert_runtime.bench import measure, spread_over_lengths
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.classifier import Classifier, encoder_for
-from edgebert_runtime.encoder import Text
+from edgebert_runtime.condition import processor_name
 from edgebert_runtime.manifest import Variant
 from edgebert_runtime.onnx_session import OnnxSession
-from edgebert_runtime.rows import rows_sha256
+from edgebert_runtime.rows import pack_right, rows_sha256
 
 __all__ = ["evaluate", "machine", "reference_variant"]
 
@@ -79,7 +77,7 @@ def evaluate(
                 on_progress(done, steps)
         timings = measure(
             classifiers,
-            _spread_over_lengths(texts, latency_texts),
+            spread_over_lengths(texts, latency_texts),
             repeats=latency_repeats,
             on_progress=lambda done, _: (
                 on_progress(len(entries) + done, steps) if on_progress else None
@@ -89,6 +87,8 @@ def evaluate(
         model: reference_variant([variant for owner, variant in entries if owner == model])
         for model in bundles
     }
+    labels = opened[entries[0][0]].manifest.task.labels
+    rows = [(e.text, tuple(labels[index] for index in e.labels)) for e in examples]
     variants = []
     for model, variant in entries:
         name = full_name(model, variant.name)
@@ -104,14 +104,12 @@ def evaluate(
                 size_bytes=sizes[variant.model],
                 **score(answers[name], reference, teacher),
                 timing=timings.get(name),
+                right_rows=pack_right(rows, answers[name].correct),
             )
         )
-    labels = opened[variants[0].model].manifest.task.labels
     return Evaluation(
         rows=len(examples),
-        rows_sha256=rows_sha256(
-            (example.text, tuple(labels[index] for index in example.labels)) for example in examples
-        ),
+        rows_sha256=rows_sha256(rows),
         baseline_accuracy=max(Counter(e.labels for e in examples).values()) / len(examples),
         references=references,
         variants=tuple(variants),
@@ -133,12 +131,6 @@ def _load(bundle: Bundle, variant: Variant, intra_op_threads: int | None) -> Cla
     return Classifier(session, encoder_for(bundle), bundle.manifest.task)
 
 
-def _spread_over_lengths(texts: Sequence[Text], count: int) -> list[Text]:
-    ordered = sorted(texts, key=lambda text: len(text if isinstance(text, str) else "".join(text)))
-    count = min(count, len(ordered))
-    return [ordered[index] for index in np.linspace(0, len(ordered) - 1, count).astype(int)]
-
-
 def _environment() -> dict[str, str]:
     return {
         **machine(),
@@ -150,17 +142,7 @@ def _environment() -> dict[str, str]:
 def machine() -> dict[str, str]:
     """What makes a figure of speed comparable: processor, their number, Python."""
     return {
-        "processor": f"{_processor()} ({platform.machine()})",
+        "processor": processor_name(),
         "processors": str(os.cpu_count()),
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

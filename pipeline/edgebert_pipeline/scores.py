@@ -106,6 +106,8 @@ class VariantScores(msgspec.Struct, frozen=True, kw_only=True):
             ``None`` without a teacher.
         truncated: Rows that were cut to ``max_length``.
         timing: Latency and throughput; ``None`` if it is not for a CPU, where all is timed.
+        right_rows: Which rows are answered right, as ``edgebert_runtime.rows.pack_right`` notes
+            it; ``None`` before version 4.
     """
 
     model: str
@@ -130,6 +132,7 @@ class VariantScores(msgspec.Struct, frozen=True, kw_only=True):
     agreement: float | None
     truncated: int
     timing: Timing | None
+    right_rows: str | None = None
 
     @property
     def full_name(self) -> str:

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from edgebert_runtime.classifier import Classifier
 from edgebert_runtime.encoder import Text, TextEncoder
+from edgebert_runtime.rows import rows_sha256
 from edgebert_runtime.session import Inputs, Outputs, Session
 
-__all__ = ["BATCH_SIZES", "NOISY", "LatencyCell", "Timing", "measure"]
+__all__ = ["BATCH_SIZES", "NOISY", "LatencyCell", "Timing", "measure", "spread_over_lengths"]
 
 BATCH_SIZES = (1, 8, 32)
 """Texts in a call that latency is broken down by."""
@@ -93,6 +94,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
             mean): of their median latency or of their throughput, whichever varies more. ``None``
             when there was one round only.
         noisy: Whether ``variation`` is above 0.05.
+        texts_sha256: Hash of the texts; latencies on other texts are those of other work.
         cells: Latency by length and by texts in a call; no cell for lengths that none of the
             texts has.
     """
@@ -114,6 +116,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     throughput_high_texts_per_s: float | None = None
     variation: float | None = None
     noisy: bool = False
+    texts_sha256: str | None = None
     cells: tuple[LatencyCell, ...] = ()
 
 
@@ -152,11 +155,24 @@ def measure(
             whole[name].append(_seconds(partial(classifier.predict, texts)))
         if on_progress is not None:
             on_progress(round_ + 1, repeats)
+    sha256 = rows_sha256((text, ()) for text in texts)
     cells = _cells(classifiers, texts if grid_texts is None else grid_texts)
     return {
-        name: _timing(classifier, single[name], whole[name], 1 + len(warmup), cells[name])
+        name: msgspec.structs.replace(
+            _timing(classifier, single[name], whole[name]),
+            warmup_calls=1 + len(warmup),
+            texts_sha256=sha256,
+            cells=cells[name],
+        )
         for name, classifier in classifiers.items()
     }
+
+
+def spread_over_lengths(texts: Sequence[Text], count: int) -> list[Text]:
+    """Returns ``count`` of ``texts``, from the shortest to the longest; all if there are fewer."""
+    ordered = sorted(texts, key=lambda text: len(text if isinstance(text, str) else "".join(text)))
+    count = min(count, len(ordered))
+    return [ordered[index] for index in np.linspace(0, len(ordered) - 1, count).astype(int)]
 
 
 class _Stopwatch:
@@ -223,7 +239,8 @@ def _cells(
 
 
 def _by_tokens(encoder: TextEncoder, texts: Sequence[Text]) -> dict[int, list[Text]]:
-    """Returns the texts by the power of two, 16 or more, that their tokens fit into."""
+    """Returns the texts by the power of two, 16 or more, that their tokens fit into, mixed."""
+    texts = [texts[index] for index in np.random.default_rng(0).permutation(len(texts))]
     buckets: dict[int, list[Text]] = {}
     for text, row in zip(texts, encoder.encode(texts), strict=True):
         length = max(_SHORTEST_CELL_TOKENS, 1 << (len(row.ids) - 1).bit_length())
@@ -260,13 +277,7 @@ def _percentiles_ms(seconds: NDArray[np.float64]) -> tuple[float, float, float]:
     return p50, p90, p99
 
 
-def _timing(
-    classifier: Classifier,
-    single: NDArray[np.float64],
-    whole: Sequence[float],
-    warmup_calls: int,
-    cells: tuple[LatencyCell, ...],
-) -> Timing:
+def _timing(classifier: Classifier, single: NDArray[np.float64], whole: Sequence[float]) -> Timing:
     """Sums up ``float64[2, repeats, texts]`` (calls, and sessions in them) and whole rounds."""
     _, repeats, texts = single.shape
     calls, sessions = (_percentiles_ms(np.median(times, axis=0)) for times in single)
@@ -283,7 +294,6 @@ def _timing(
         latency_p99_ms=calls[2],
         throughput_texts_per_s=float(np.median(rates)),
         batch_size=classifier.batch_size,
-        warmup_calls=warmup_calls,
         session_p50_ms=sessions[0],
         session_p90_ms=sessions[1],
         session_p99_ms=sessions[2],
@@ -293,5 +303,4 @@ def _timing(
         throughput_high_texts_per_s=float(rates.max()),
         variation=variation,
         noisy=variation is not None and variation > NOISY,
-        cells=cells,
     )

@@ -6,6 +6,7 @@ written; readers that guess types turn the text "NA" into nothing.
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import json
@@ -13,11 +14,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgebert_runtime.encoder import Text
 from edgebert_runtime.errors import InputError
 from edgebert_runtime.manifest import Task
 
-__all__ = ["FORMATS", "Labelled", "Row", "read_labelled", "read_text_rows", "rows_sha256"]
+__all__ = [
+    "FORMATS",
+    "Labelled",
+    "Row",
+    "pack_right",
+    "read_labelled",
+    "read_text_rows",
+    "rows_sha256",
+    "unpack_right",
+]
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row is, for messages (``reviews.csv, line 7``), and its columns."""
@@ -165,8 +178,33 @@ def rows_sha256(rows: Iterable[Labelled]) -> str:
 
     Measurements are of the same rows if and only if this is the same.
     """
-    of_rows = sorted(
-        hashlib.sha256(json.dumps([text, sorted(labels)]).encode()).digest()
-        for text, labels in rows
-    )
-    return hashlib.sha256(b"".join(of_rows)).hexdigest()
+    return hashlib.sha256(b"".join(sorted(map(_hash, rows)))).hexdigest()
+
+
+def _hash(row: Labelled) -> bytes:
+    text, labels = row
+    return hashlib.sha256(json.dumps([text, sorted(labels)]).encode()).digest()
+
+
+def pack_right(rows: Sequence[Labelled], right: Sequence[bool] | NDArray[np.bool_]) -> str:
+    """Notes which rows were answered right: a bit a row, in the order of their hashes, in base64.
+
+    So measurements of the same rows can be paired row by row, in whatever order they were made.
+    """
+    order = sorted(range(len(rows)), key=lambda index: _hash(rows[index]))
+    return base64.b64encode(np.packbits(np.asarray(right, dtype=bool)[order]).tobytes()).decode()
+
+
+def unpack_right(packed: str, count: int) -> NDArray[np.bool_]:
+    """Returns ``bool[count]``, in the order of the rows' hashes, from what ``pack_right`` noted.
+
+    Raises:
+        InputError: It is not of so many rows.
+    """
+    try:
+        found = np.frombuffer(base64.b64decode(packed, validate=True), dtype=np.uint8)
+    except ValueError as exc:
+        raise InputError(f"the note of rows answered right is damaged: {exc}") from exc
+    if len(found) != (count + 7) // 8:
+        raise InputError(f"the note of rows answered right is not of {count} rows")
+    return np.unpackbits(found, count=count).astype(bool)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgebert_runtime.errors import InputError
 from edgebert_runtime.manifest import Task
-from edgebert_runtime.rows import read_labelled, rows_sha256
+from edgebert_runtime.rows import pack_right, read_labelled, rows_sha256, unpack_right
 
 SINGLE = Task(kind="single_label", labels=("no", "yes"), text_pair=False, thresholds=None)
 MULTI = Task(kind="multi_label", labels=("food", "work"), text_pair=False, thresholds=(0.5, 0.5))
@@ -102,3 +102,22 @@ def test_other_rows_have_another_hash(rows, others) -> None:
 def test_a_row_that_is_there_twice_counts() -> None:
     row = ("a", ("no",))
     assert len({rows_sha256([row]), rows_sha256([row, row]), rows_sha256([])}) == 3
+
+
+@given(st.lists(st.tuples(st.text(), st.just(("no",)), st.booleans())), st.randoms())
+def test_rows_answered_right_are_paired_whatever_their_order(rows, random) -> None:
+    rows = list({text: (text, labels, right) for text, labels, right in rows}.values())
+
+    def packed(rows):
+        return pack_right([(text, labels) for text, labels, _ in rows], [r[2] for r in rows])
+
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    assert packed(rows) == packed(shuffled)
+    assert unpack_right(packed(rows), len(rows)).sum() == sum(right for _, _, right in rows)
+
+
+@pytest.mark.parametrize(("packed", "count"), [("AA==", 9), ("AAA=", 8), ("!", 1), ("", 1)])
+def test_a_note_of_other_rows_is_refused(packed: str, count: int) -> None:
+    with pytest.raises(InputError, match="the note of rows answered right is"):
+        unpack_right(packed, count)

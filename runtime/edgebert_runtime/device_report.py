@@ -1,0 +1,359 @@
+"""What a device makes of a bundle, as one JSON document that ``edgebert compare`` takes.
+
+Speed by length and batch, memory, temperatures and power mode, and accuracy if there are labelled
+rows: all of it measured with the runtime alone, where the model will run.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+import edgebert_runtime
+from edgebert_runtime.bench import Timing, measure, spread_over_lengths
+from edgebert_runtime.bundle import Bundle
+from edgebert_runtime.classifier import Classifier
+from edgebert_runtime.condition import (
+    board_name,
+    clock_governor,
+    processor_name,
+    resident_bytes,
+    temperatures_c,
+)
+from edgebert_runtime.encoder import Text
+from edgebert_runtime.errors import DeviceError, InputError
+from edgebert_runtime.facts import DeviceFacts, gather_facts
+from edgebert_runtime.manifest import Task
+from edgebert_runtime.rows import Labelled, pack_right, rows_sha256
+
+__all__ = [
+    "DEVICE_REPORT_VERSION",
+    "Accuracy",
+    "DeviceReport",
+    "DeviceVariant",
+    "Memory",
+    "measure_device",
+    "own_texts",
+    "read_device_report",
+    "render_device_report",
+]
+
+DEVICE_REPORT_VERSION = 1
+
+_SENTENCES = (
+    "Great.",
+    "The battery lasts two days, which is more than I need.",
+    "I returned it after a week: the screen flickers and nobody answers the phone.",
+    "The plot takes its time, and for the first half hour I wondered whether anything would "
+    "happen at all; then it does, quietly, and the last scene makes you want to start again.",
+)
+_TIMED_ROWS = 200
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded variant occupies, in bytes; ``None`` where the system does not say.
+
+    Attributes:
+        process_bytes: Growth of the process's resident memory by loading the variant and
+            answering some texts. The first variant brings the libraries that it needs along.
+        gpu_bytes: Fall of the GPU's free memory meanwhile, whoever took it.
+    """
+
+    process_bytes: int | None
+    gpu_bytes: int | None
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """How many labelled rows a variant answered right on the device.
+
+    Attributes:
+        correct: Rows answered right; in ``multi_label``, with every label right.
+        rows: Rows in all.
+        truncated: Rows that were cut to ``max_length``.
+        right_rows: Which rows were answered right, as ``pack_right`` notes it.
+    """
+
+    correct: int
+    rows: int
+    truncated: int
+    right_rows: str
+
+    @property
+    def share(self) -> float:
+        """``correct`` over ``rows``."""
+        return self.correct / self.rows
+
+
+class DeviceVariant(msgspec.Struct, frozen=True, kw_only=True):
+    """One variant, measured.
+
+    Attributes:
+        name: The variant.
+        precision: Of its weights.
+        device: Where it ran: ``cpu``, ``cuda``, ``tensorrt`` or ``rtx``.
+        size_bytes: Of its model file in the bundle.
+        timing: Latency and throughput.
+        memory: What it occupies.
+        accuracy: On the labelled rows; ``None`` without any.
+    """
+
+    name: str
+    precision: str
+    device: str
+    size_bytes: int
+    timing: Timing
+    memory: Memory
+    accuracy: Accuracy | None
+
+
+class DeviceReport(msgspec.Struct, frozen=True, kw_only=True):
+    """All of the document.
+
+    Attributes:
+        device_report_version: ``DEVICE_REPORT_VERSION``.
+        name: Name of the bundle.
+        bundle_digest: SHA-256 of the bundle's manifest: exactly what was measured.
+        task: What it answers.
+        measured_at: When measuring began: UTC, ISO 8601.
+        variants: What was measured, in the order in which a device prefers it.
+        skipped: Variants that do not run here, and why.
+        rows_sha256: Hash of the labelled rows, as ``rows_sha256`` makes it; ``None`` without any.
+        intra_op_threads: Cores to use on a CPU; ``None`` for all usable ones.
+        facts: What the machine offers; its power mode is in it if it is a Jetson.
+        board: What the board calls itself.
+        processor: What the processor calls itself.
+        clock_governor: What set the processors' clocks.
+        temperatures_before_c: By zone, in degrees Celsius, before anything was loaded.
+        temperatures_after_c: The same when all was measured.
+        environment: Versions of what ran.
+    """
+
+    device_report_version: Annotated[int, Meta(ge=DEVICE_REPORT_VERSION, le=DEVICE_REPORT_VERSION)]
+    name: str
+    bundle_digest: str
+    task: Task
+    measured_at: str
+    variants: Annotated[tuple[DeviceVariant, ...], Meta(min_length=1)]
+    skipped: dict[str, str]
+    rows_sha256: str | None
+    intra_op_threads: int | None
+    facts: DeviceFacts
+    board: str | None
+    processor: str
+    clock_governor: str | None
+    temperatures_before_c: dict[str, float]
+    temperatures_after_c: dict[str, float]
+    environment: dict[str, str]
+
+
+def measure_device(
+    path: Path,
+    *,
+    device: str = "auto",
+    variant: str | Literal["all"] | None = None,
+    intra_op_threads: int | None = None,
+    texts: Sequence[Text] | None = None,
+    rows: Sequence[Labelled] = (),
+    repeats: int = 5,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DeviceReport:
+    """Measures a bundle on this machine.
+
+    Args:
+        path: The bundle.
+        device: As for ``Classifier.load``.
+        variant: The only one to measure, or ``all`` that run here; the best if ``None``.
+        intra_op_threads: As for ``Classifier.load``.
+        texts: What to time; if ``None``, 200 of ``rows``, spread over their lengths, or without
+            rows sentences of edgebert's own, and longer texts made of them.
+        rows: Labelled rows to count right answers on.
+        repeats: Rounds of timing.
+        on_progress: Called with rounds done and rounds in all.
+
+    Raises:
+        BundleError: The bundle is damaged, unsafe or unknown, or has no such variant.
+        DeviceError: The device cannot be used.
+        InputError: An argument is wrong.
+    """
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    before, started = temperatures_c(), datetime.now(timezone.utc)
+    grid: Sequence[Text] | None = None
+    if texts is None and rows:
+        texts = spread_over_lengths([text for text, _ in rows], _TIMED_ROWS)
+    elif texts is None:
+        texts, grid = own_texts(manifest.task, manifest.max_length)
+    wanted: Sequence[str | None] = [variant]
+    if variant == "all":
+        wanted = [item.name for item in manifest.variants]
+    skipped: dict[str, str] = {}
+    loaded: dict[str, Classifier] = {}
+    memory: dict[str, Memory] = {}
+    with ExitStack() as stack:
+        for name in wanted:
+            free = _free_gpu_bytes(), resident_bytes()
+            try:
+                found = Classifier.load(
+                    path, device=device, variant=name, intra_op_threads=intra_op_threads
+                )
+            except (DeviceError, InputError) as exc:
+                if variant != "all":
+                    raise
+                assert name is not None
+                skipped[name] = str(exc)
+                continue
+            stack.enter_context(found)
+            assert found.choice is not None
+            found.predict(texts[:1])
+            loaded[found.choice.variant.name] = found
+            memory[found.choice.variant.name] = Memory(
+                process_bytes=_difference(resident_bytes(), free[1]),
+                gpu_bytes=_difference(free[0], _free_gpu_bytes()),
+            )
+        if not loaded:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+            raise DeviceError(f"no variant of this bundle runs here: {reasons}")
+        accuracy = {name: _accuracy(found, rows) for name, found in loaded.items()}
+        timings = measure(loaded, texts, repeats=repeats, grid_texts=grid, on_progress=on_progress)
+        sizes = {entry.path: entry.size_bytes for entry in manifest.files}
+        variants = []
+        for name, found in loaded.items():
+            assert found.choice is not None
+            variants.append(
+                DeviceVariant(
+                    name=name,
+                    precision=found.choice.variant.precision,
+                    device=found.choice.device,
+                    size_bytes=sizes[found.choice.variant.model],
+                    timing=timings[name],
+                    memory=memory[name],
+                    accuracy=accuracy[name],
+                )
+            )
+    facts = gather_facts(look_for_gpu=any(item.device != "cpu" for item in variants))
+    return DeviceReport(
+        device_report_version=DEVICE_REPORT_VERSION,
+        name=manifest.name,
+        bundle_digest=bundle.digest,
+        task=manifest.task,
+        measured_at=started.isoformat(timespec="seconds"),
+        variants=tuple(variants),
+        skipped=skipped,
+        rows_sha256=rows_sha256(rows) if rows else None,
+        intra_op_threads=intra_op_threads,
+        facts=facts,
+        board=board_name(),
+        processor=processor_name(),
+        clock_governor=clock_governor(),
+        temperatures_before_c=before,
+        temperatures_after_c=temperatures_c(),
+        environment=_environment(facts),
+    )
+
+
+def own_texts(task: Task, max_length: int) -> tuple[list[Text], list[Text]]:
+    """Returns texts to time when there are none, and some of every length for the cells.
+
+    Args:
+        task: Whether texts are pairs.
+        max_length: Of the model, in tokens; the longest texts fill it.
+    """
+    story = " ".join(_SENTENCES)
+    # A word is a token or more, so so many words fill the model.
+    words = (story.split() * (max_length // len(story.split()) + 1))[:max_length]
+    grid = [" ".join(words[:count]) for count in range(1, len(words) + 1)]
+    texts = _SENTENCES * 16
+    if task.text_pair:
+        return [(text, text) for text in texts], [(text, text) for text in grid]
+    return list(texts), list(grid)
+
+
+def _accuracy(classifier: Classifier, rows: Sequence[Labelled]) -> Accuracy | None:
+    if not rows:
+        return None
+    before = classifier.stats.truncated
+    answers = classifier.predict([text for text, _ in rows])
+    right = [
+        set(answer.labels) == set(labels) for answer, (_, labels) in zip(answers, rows, strict=True)
+    ]
+    return Accuracy(
+        correct=sum(right),
+        rows=len(rows),
+        truncated=classifier.stats.truncated - before,
+        right_rows=pack_right(rows, right),
+    )
+
+
+def _free_gpu_bytes() -> int | None:
+    gpu = gather_facts().gpu
+    return None if gpu is None else gpu.free_bytes
+
+
+def _difference(larger: int | None, smaller: int | None) -> int | None:
+    return None if larger is None or smaller is None else larger - smaller
+
+
+def _environment(facts: DeviceFacts) -> dict[str, str]:
+    found = {
+        "edgebert-runtime": edgebert_runtime.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+    for item in facts.onnxruntime:
+        name, _, version = item.partition(" ")
+        found[name] = version
+    for name, flavour in facts.tensorrt.items():
+        if flavour.version is not None:
+            found[f"TensorRT ({name})"] = flavour.version
+    return found
+
+
+def read_device_report(data: bytes, name: str) -> DeviceReport:
+    """Decodes a report that ``measure_device`` made; ``name`` is for messages.
+
+    Raises:
+        InputError: It is none, or one of a version that this edgebert does not know.
+    """
+    try:
+        return msgspec.json.decode(data, type=DeviceReport)
+    except msgspec.DecodeError as exc:
+        raise InputError(f"{name} is not a device's report of this edgebert: {exc}") from exc
+
+
+def render_device_report(report: DeviceReport) -> str:
+    """Returns the essentials, a line for each thing."""
+    lines = []
+    for item in report.variants:
+        timing = item.timing
+        lines.append(
+            f"{item.name} on {item.device}: p50 {timing.latency_p50_ms:.2f} ms, p90 "
+            f"{timing.latency_p90_ms:.2f} ms, p99 {timing.latency_p99_ms:.2f} ms a text "
+            f"(tokenising included; the session alone: p50 {timing.session_p50_ms:.2f} ms); "
+            f"{timing.throughput_texts_per_s:.0f} texts/s in batches of {timing.batch_size}; "
+            f"{timing.texts} texts, {timing.repeats} rounds"
+        )
+        if timing.noisy:
+            lines.append(
+                f"  noisy: the rounds vary by {timing.variation:.0%}; close other programs, and "
+                "measure again"
+            )
+        if item.memory.process_bytes is not None:
+            gpu = item.memory.gpu_bytes
+            lines.append(
+                f"  memory: {item.memory.process_bytes / 1e6:.0f} MB"
+                + ("" if gpu is None else f", and {gpu / 1e6:.0f} MB of the GPU's")
+            )
+        if item.accuracy is not None:
+            lines.append(
+                f"  accuracy: {item.accuracy.share:.4f} ({item.accuracy.correct} of "
+                f"{item.accuracy.rows} rows)"
+            )
+    lines += [f"{name} was not measured: {reason}" for name, reason in report.skipped.items()]
+    return "\n".join(lines)
