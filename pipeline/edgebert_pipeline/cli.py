@@ -110,7 +110,7 @@ def export(
 
 
 def _warn_if_nothing_is_learnt(evaluation: Evaluation) -> None:
-    from edgebert_pipeline.report_markdown import NOTHING_LEARNED
+    from edgebert_pipeline.wording import NOTHING_LEARNED
 
     if evaluation.learned_nothing:
         click.echo(f"warning: {NOTHING_LEARNED} ({evaluation.baseline_accuracy:.4f})", err=True)

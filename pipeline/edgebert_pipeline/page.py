@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 from edgebert_pipeline.parts import Part, Section
 from edgebert_pipeline.vega import vega_script
 
-__all__ = ["render_page", "to_script_json"]
+__all__ = ["render_page", "render_part", "to_script_json"]
 
 _INLINE = re.compile(r"`([^`]+)`|\*\*([^*]+)\*\*|\*([^*]+)\*")
 
@@ -53,6 +53,11 @@ def render_page(
             hashes=[_hash(script) for script in scripts],
         )
     )
+
+
+def render_part(template: str, **values: object) -> Markup:
+    """Returns a part that no other kind of part can show, from a template of its own."""
+    return Markup(_environment().get_template(template).render(**values))
 
 
 def to_script_json(value: object) -> Markup:

@@ -49,6 +49,7 @@ from edgebert_pipeline.quantisation import Quantisation, check_calibration, run_
 from edgebert_pipeline.recipe import GateConfig, Recipe, load_recipe
 from edgebert_pipeline.recommend import recommend
 from edgebert_pipeline.report import REPORT_VERSION, ModelSummary, Report
+from edgebert_pipeline.report_html import render_html
 from edgebert_pipeline.report_markdown import render_markdown
 from edgebert_pipeline.scores import MODEL, Evaluation
 from edgebert_pipeline.versioned import commit_of
@@ -71,6 +72,8 @@ _SERVING = (
     "edgebert_runtime.onnx_session",
 )
 
+_REPORT_FILES = ("report.json", "report.md", "report.html")
+
 
 def export(
     recipe_path: Path,
@@ -84,8 +87,9 @@ def export(
 ) -> Report | None:
     """Builds what a recipe describes: trains, exports, quantises, bundles, measures, judges.
 
-    Writes ``report.json`` and ``report.md`` into ``out``, and ``bundle/`` if the gate passed
-    (``bundle.refused/`` if it did not; an older ``bundle/`` that passed is left alone then).
+    Writes ``report.json``, ``report.md`` and ``report.html`` into ``out``, and ``bundle/`` if the
+    gate passed (``bundle.refused/`` if it did not; an older ``bundle/`` that passed is left alone
+    then).
 
     Under ``accelerate launch``, every process trains and the leader does the rest.
 
@@ -133,7 +137,7 @@ def distill_checkpoint(
 ) -> Report | None:
     """Distils the model of ``recipe``, which is not fine-tuned, and measures the student.
 
-    Writes the student's checkpoint, ``report.json`` and ``report.md`` into ``out``.
+    Writes the student's checkpoint and the report into ``out``.
 
     Args:
         recipe: With a ``distill`` table.
@@ -570,7 +574,7 @@ def _publish(
         elif _is_copy_of(bundle, build.path / "bundle"):  # it passed a more lenient gate once
             build.withdraw("bundle")
             reporter.line(f"{build.path / 'bundle'} is this very build: withdrawn")
-        for file in ("report.json", "report.md"):
+        for file in _REPORT_FILES:
             build.publish(partial / file, file)
 
 
@@ -588,7 +592,7 @@ def _publish_student(
         # Last comes what makes it a checkpoint: half of one and half of an older one is none.
         if not there:
             (build.path / "config.json").unlink(missing_ok=True)
-        for name in ("report.json", "report.md"):
+        for name in _REPORT_FILES:
             build.publish(partial / name, name)
         for name in sorted(() if there else CHECKPOINT_FILES, key="config.json".__eq__):
             file = checkpoint.path / name
@@ -607,6 +611,7 @@ def _write_report(directory: Path, report: Report) -> None:
     json = msgspec.json.format(msgspec.json.encode(report), indent=2)
     (directory / "report.json").write_bytes(json + b"\n")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
+    (directory / "report.html").write_text(render_html(report), encoding="utf-8")
 
 
 def _is_copy_of(bundle: Bundle, path: Path) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from edgebert_pipeline.intervals import paired_difference
 from edgebert_pipeline.scores import Comparison
 
-__all__ = ["ABOUT_COMPARISONS", "comparison_in_words", "difference"]
+__all__ = ["ABOUT_COMPARISONS", "NOTHING_LEARNED", "comparison_in_words", "difference"]
+
+NOTHING_LEARNED = "The model is not shown to be better than always giving the commonest answer."
 
 ABOUT_COMPARISONS = (
     "The same test rows for both; McNemar's exact test on the rows that one alone answers right, "

@@ -69,6 +69,30 @@
     });
   }
 
+  // Rows that variants answer differently: which two of them, which is right, which words.
+  for (const form of document.querySelectorAll("form.filter")) {
+    const rows = [...form.nextElementSibling.querySelectorAll("tbody tr")];
+    const apply = () => {
+      const [first, second, right] = ["first", "second", "right"].map((name) => form.elements[name].value);
+      const words = form.elements.text.value.trim().toLowerCase();
+      let shown = 0;
+      for (const row of rows) {
+        const given = row.dataset.given.split(" ");
+        const one = first === "" ? given : [given[first]];
+        const other = second === "" ? given : [given[second]];
+        const fits = one.some((a) =>
+          (right === "" || (a === row.dataset.right) === (right === "1")) && other.some((b) => a !== b));
+        row.hidden = !fits || (words !== "" && !row.textContent.toLowerCase().includes(words));
+        shown += !row.hidden;
+      }
+      form.querySelector("output").textContent = `${shown} of ${rows.length} rows`;
+    };
+    form.addEventListener("input", apply);
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.hidden = false;
+    apply();
+  }
+
   addEventListener("beforeprint", () => {
     for (const folded of document.querySelectorAll("details:not([open])")) {
       folded.open = true;
