@@ -83,7 +83,7 @@ def _sections(found: Compared) -> list[Section]:
     """Returns the rest."""
     sections = [Section("variants", "Side by side", _side_by_side(found))]
     if found.differences:
-        parts: list[Part] = [differences_table(found), _aboutdifferences_table(found)]
+        parts: list[Part] = [differences_table(found), about_differences(found)]
         sections.append(Section("differences", f"Against {shorten(found.baseline or '')}", parts))
     if found.checks:
         sections.append(Section("checks", "Limits", (_checks(found.checks),)))

@@ -43,7 +43,8 @@ def render_junit(name: str, checks: Sequence[GateCheck]) -> bytes:
             failure = ElementTree.SubElement(case, "failure", {"message": message, "type": "gate"})
             failure.text = message
     ElementTree.indent(suites)
-    return ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True) + b"\n"
+    document: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
+    return document + b"\n"
 
 
 def _allowed(text: str) -> str:

@@ -108,7 +108,8 @@ def _noise(timed: _Timed) -> Iterator[Part]:
         )
 
 
-def _cells(timed: _Timed) -> Table:
+def cells_table(timed: _Timed) -> Table:
+    """Returns latency by length and batch: a row for each cell of each of ``timed``."""
     columns = [Column("variant")] + [
         Column(name, numeric=True)
         for name in ("up to tokens", "texts a call", "p50 ms", "p90 ms", "p99 ms", "calls")
