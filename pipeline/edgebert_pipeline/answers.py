@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgebert_export.dataset import Example
-from edgebert_pipeline.intervals import bootstrap, wilson
+from edgebert_pipeline.intervals import bootstrap, mcnemar, wilson
 from edgebert_pipeline.scores import (
     TEACHER,
     Comparison,
@@ -129,7 +129,7 @@ def score(answers: Answers, reference: Answers, teacher: Answers | None) -> dict
 
 
 def _by_label(answers: Answers) -> dict[str, Any]:
-    right = (answers.given & answers.truth).astype(np.float64)
+    right = answers.given & answers.truth
     counts = np.hstack([right, answers.given, answers.truth])  # three columns a label
 
     def f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -139,7 +139,7 @@ def _by_label(answers: Answers) -> dict[str, Any]:
         each = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both > 0)
         return np.hstack([each, each.mean(axis=1, keepdims=True)])
 
-    (found,) = f1(counts.sum(axis=0, keepdims=True))
+    (found,) = f1(counts.sum(axis=0, keepdims=True, dtype=np.float64))
     intervals = bootstrap(counts, f1)
     labels = []
     for index, label in enumerate(answers.task.labels):
@@ -222,8 +222,6 @@ def compare(
         references: As in ``Evaluation``.
         answers: By full name.
     """
-    from scipy.stats import binomtest
-
     shipped = variants[0].model
     pairs: list[tuple[VariantScores, VariantScores]] = []
     for variant in variants:
@@ -242,14 +240,13 @@ def compare(
     for first, second in pairs:
         one, two = (answers[v.full_name].correct for v in (first, second))
         only_first, only_second = int((one & ~two).sum()), int((two & ~one).sum())
-        differing = only_first + only_second
         found.append(
             Comparison(
                 first=first.full_name,
                 second=second.full_name,
                 only_first_correct=only_first,
                 only_second_correct=only_second,
-                p_value=float(binomtest(only_first, differing).pvalue) if differing else 1.0,
+                p_value=mcnemar(only_first, only_second),
             )
         )
     return tuple(found)
