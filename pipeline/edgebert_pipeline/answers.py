@@ -129,7 +129,7 @@ def score(answers: Answers, reference: Answers, teacher: Answers | None) -> dict
 
 
 def _by_label(answers: Answers) -> dict[str, Any]:
-    right = (answers.given & answers.truth).astype(np.float64)
+    right = answers.given & answers.truth
     counts = np.hstack([right, answers.given, answers.truth])  # three columns a label
 
     def f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -139,7 +139,7 @@ def _by_label(answers: Answers) -> dict[str, Any]:
         each = np.divide(2 * hits, both, out=np.zeros_like(hits), where=both > 0)
         return np.hstack([each, each.mean(axis=1, keepdims=True)])
 
-    (found,) = f1(counts.sum(axis=0, keepdims=True))
+    (found,) = f1(counts.sum(axis=0, keepdims=True, dtype=np.float64))
     intervals = bootstrap(counts, f1)
     labels = []
     for index, label in enumerate(answers.task.labels):

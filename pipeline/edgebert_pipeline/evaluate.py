@@ -19,7 +19,7 @@ from edgebert_runtime.classifier import Classifier, encoder_for
 from edgebert_runtime.condition import processor_name
 from edgebert_runtime.manifest import Variant
 from edgebert_runtime.onnx_session import OnnxSession
-from edgebert_runtime.rows import pack_right, rows_sha256
+from edgebert_runtime.rows import pack_right, row_order, rows_sha256
 
 __all__ = ["evaluate", "machine", "reference_variant"]
 
@@ -89,6 +89,7 @@ def evaluate(
     }
     labels = opened[entries[0][0]].manifest.task.labels
     rows = [(e.text, tuple(labels[index] for index in e.labels)) for e in examples]
+    order = row_order(rows)
     variants = []
     for model, variant in entries:
         name = full_name(model, variant.name)
@@ -104,7 +105,7 @@ def evaluate(
                 size_bytes=sizes[variant.model],
                 **score(answers[name], reference, teacher),
                 timing=timings.get(name),
-                right_rows=pack_right(rows, answers[name].correct),
+                right_rows=pack_right(order, answers[name].correct),
             )
         )
     return Evaluation(

@@ -1,4 +1,4 @@
-"""Intervals of confidence, all of 95 %."""
+"""Intervals of confidence, all of 95 %, and the paired test that goes with them."""
 
 from __future__ import annotations
 
@@ -65,44 +65,47 @@ def unpaired_difference(first: int, rows: int, second: int, others: int) -> tupl
 def mcnemar(only_first: int, only_second: int) -> float:
     """P-value of McNemar's exact test, two-sided.
 
-    How often rows that one alone answers right would be shared out so unevenly, or more so, if
-    each were as likely to fall to either: twice the smaller tail of a fair coin.
+    How often rows that one of two alone answers right would be shared out so unevenly, or more
+    so, if both were equally good: twice the smaller tail of a fair coin, and 1 at most.
 
     Args:
         only_first: Rows that the first alone answers right.
         only_second: Rows that the second alone answers right.
     """
-    differing = only_first + only_second
-    ways, tail = 1, 0
-    for count in range(min(only_first, only_second) + 1):
-        tail += ways
-        ways = ways * (differing - count) // (count + 1)
-    both_tails: float = 2 * tail / 2**differing
-    return min(1.0, both_tails)
+    count = only_first + only_second
+    log_all = math.lgamma(count + 1) - count * math.log(2)
+    tail = math.fsum(
+        math.exp(log_all - math.lgamma(k + 1) - math.lgamma(count - k + 1))
+        for k in range(min(only_first, only_second) + 1)
+    )
+    return min(1.0, 2 * tail)
 
 
 def bootstrap(
-    values: NDArray[np.floating],
+    values: NDArray[np.bool_],
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     *,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Percentile intervals of statistics that are computed from sums over rows.
+    """Percentile intervals of statistics that are computed from counts of rows.
 
     Rows are drawn with replacement, a thousand times, always the same ones for a ``seed``.
 
     Args:
-        values: ``float[rows, values]``: what is summed over the rows.
-        statistic: From sums, ``float64[n, values]``, to statistics, ``float64[n, statistics]``.
+        values: ``bool[rows, values]``: what is true of each row.
+        statistic: From counts of rows, ``float64[n, values]``, to statistics,
+            ``float64[n, statistics]``.
         seed: Of the draws.
 
     Returns:
         ``float64[statistics, 2]``: low and high.
     """
     # Rows that count alike are interchangeable: how often each kind is drawn is all that matters.
-    kinds, counts = np.unique(values, axis=0, return_counts=True)
+    packed = np.ascontiguousarray(np.packbits(values, axis=1))
+    keys = packed.view(np.dtype((np.void, packed.shape[1]))).ravel()
+    _, first, counts = np.unique(keys, return_index=True, return_counts=True)
     rows = len(values)
     drawn = np.random.default_rng(seed).multinomial(rows, counts / rows, size=_RESAMPLES)
-    found = statistic(drawn.astype(np.float64) @ kinds)
+    found = statistic(drawn.astype(np.float64) @ values[first])
     low_and_high: NDArray[np.float64] = np.percentile(found, (2.5, 97.5), axis=0).T
     return low_and_high

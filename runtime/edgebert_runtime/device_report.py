@@ -31,7 +31,7 @@ from edgebert_runtime.encoder import Text
 from edgebert_runtime.errors import DeviceError, InputError
 from edgebert_runtime.facts import DeviceFacts, gather_facts
 from edgebert_runtime.manifest import Task
-from edgebert_runtime.rows import Labelled, pack_right, rows_sha256
+from edgebert_runtime.rows import Labelled, pack_right, row_order, rows_sha256
 
 __all__ = [
     "DEVICE_REPORT_VERSION",
@@ -287,7 +287,7 @@ def _accuracy(classifier: Classifier, rows: Sequence[Labelled]) -> Accuracy | No
         correct=sum(right),
         rows=len(rows),
         truncated=classifier.stats.truncated - before,
-        right_rows=pack_right(rows, right),
+        right_rows=pack_right(row_order(rows), right),
     )
 
 

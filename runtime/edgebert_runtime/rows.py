@@ -28,6 +28,7 @@ __all__ = [
     "pack_right",
     "read_labelled",
     "read_text_rows",
+    "row_order",
     "rows_sha256",
     "unpack_right",
 ]
@@ -186,12 +187,21 @@ def _hash(row: Labelled) -> bytes:
     return hashlib.sha256(json.dumps([text, sorted(labels)]).encode()).digest()
 
 
-def pack_right(rows: Sequence[Labelled], right: Sequence[bool] | NDArray[np.bool_]) -> str:
+def row_order(rows: Sequence[Labelled]) -> NDArray[np.int64]:
+    """Returns ``int64[rows]``: which row comes first, second and so on by the rows' hashes."""
+    hashes = [_hash(row) for row in rows]
+    return np.array(sorted(range(len(rows)), key=hashes.__getitem__), dtype=np.int64)
+
+
+def pack_right(order: NDArray[np.int64], right: Sequence[bool] | NDArray[np.bool_]) -> str:
     """Notes which rows were answered right: a bit a row, in the order of their hashes, in base64.
 
     So measurements of the same rows can be paired row by row, in whatever order they were made.
+
+    Args:
+        order: From ``row_order``.
+        right: ``bool[rows]``, as the rows were given.
     """
-    order = sorted(range(len(rows)), key=lambda index: _hash(rows[index]))
     return base64.b64encode(np.packbits(np.asarray(right, dtype=bool)[order]).tobytes()).decode()
 
 

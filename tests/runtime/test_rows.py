@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgebert_runtime.errors import InputError
 from edgebert_runtime.manifest import Task
-from edgebert_runtime.rows import pack_right, read_labelled, rows_sha256, unpack_right
+from edgebert_runtime.rows import pack_right, read_labelled, row_order, rows_sha256, unpack_right
 
 SINGLE = Task(kind="single_label", labels=("no", "yes"), text_pair=False, thresholds=None)
 MULTI = Task(kind="multi_label", labels=("food", "work"), text_pair=False, thresholds=(0.5, 0.5))
@@ -109,7 +109,8 @@ def test_rows_answered_right_are_paired_whatever_their_order(rows, random) -> No
     rows = list({text: (text, labels, right) for text, labels, right in rows}.values())
 
     def packed(rows):
-        return pack_right([(text, labels) for text, labels, _ in rows], [r[2] for r in rows])
+        order = row_order([(text, labels) for text, labels, _ in rows])
+        return pack_right(order, [right for _, _, right in rows])
 
     shuffled = list(rows)
     random.shuffle(shuffled)

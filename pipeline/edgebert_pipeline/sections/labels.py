@@ -32,8 +32,9 @@ def looked_at(report: Report) -> tuple[VariantScores, ...]:
     """Returns what is looked at closely: the recommended variant, and what it is held against."""
     evaluation = report.evaluation
     reference = evaluation.reference(evaluation.variants[0].model)
-    found = [v for v in evaluation.variants if v.full_name == report.recommended.variant]
-    return tuple(dict.fromkeys([*found, reference]))
+    names = (report.recommended.variant, reference.full_name)
+    found = [v for v in evaluation.variants if v.full_name in names]
+    return tuple(sorted(found, key=lambda v: names.index(v.full_name)))
 
 
 def labels_section(report: Report) -> Section:
