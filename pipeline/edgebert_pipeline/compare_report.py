@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 _SHORT_HASH = 12
+_MOST_BARS, _MOST_CELLS = 60, 1000
+"""With more, what is shown is each report's fastest variant."""
 
 
 def render_compared_html(found: Compared) -> str:
@@ -393,6 +395,9 @@ def _speed(found: Compared) -> Chart | None:
     values = _values(found)
     if not values:
         return None
+    if len(values) > _MOST_BARS:
+        by_speed = sorted(values, key=lambda value: -float(str(value["p50"])))
+        values = list({value["report"]: value for value in by_speed}.values())
     x = {"field": "p50", "type": "quantitative", "title": "ms a text"}
     y = {
         "field": "name",
@@ -449,8 +454,11 @@ def _by_length(sources: Sequence[Source]) -> list[Part]:
         return []
     shown = fastest[: len(COLOURS)]
     more = f" (of the first {len(shown)} reports)" if len(shown) < len(fastest) else ""
+    listed, of = timed, "all variants"
+    if sum(len(timing.cells) for _, timing in timed) > _MOST_CELLS:
+        listed, of = fastest, "each report's fastest variant"
     return [
-        f"Each report's fastest variant{more}; the figures of all are below.",
+        f"Each report's fastest variant{more}.",
         Grid(latency_charts(shown)),
-        Details("The figures by length and batch size", [cells_table(timed)]),
+        Details(f"The figures by length and batch size, of {of}", [cells_table(listed)]),
     ]
