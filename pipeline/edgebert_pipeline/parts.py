@@ -64,7 +64,7 @@ class Cell:
         text: What it shows.
         value: What its column is sorted by, if that is not ``text``.
         mood: ``good``, ``bad``, ``muted`` or ``code``: how it is set off; words must say what
-            colours say.
+            colours say. A ``name`` is not broken into lines.
     """
 
     text: str
