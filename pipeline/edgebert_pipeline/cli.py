@@ -13,7 +13,7 @@ import msgspec
 
 from edgebert_pipeline import STAGES
 from edgebert_pipeline.errors import GateRefusedError, RecipeError
-from edgebert_runtime.cli import COMMANDS, CommandGroup
+from edgebert_runtime.cli import COMMANDS, CommandGroup, check_output
 
 if TYPE_CHECKING:
     from edgebert_pipeline.scores import Evaluation
@@ -72,6 +72,7 @@ def main() -> None:
     is_flag=True,
     help="Train the student without its teacher, too, and report what the teacher was worth.",
 )
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the gate's checks here.")
 def export(
     recipe: Path,
     out: Path | None,
@@ -79,6 +80,7 @@ def export(
     force: tuple[str, ...],
     wait: bool,
     ablate: bool,
+    junit: Path | None,
 ) -> None:
     """Build what RECIPE describes: a bundle, and a report on it.
 
@@ -86,9 +88,14 @@ def export(
     """
     from edgebert_export.processes import is_leader
     from edgebert_pipeline.gate import describe_breach
+    from edgebert_pipeline.junit import render_junit
     from edgebert_pipeline.report_markdown import render_table
     from edgebert_pipeline.run import export as run
+    from edgebert_runtime.errors import InputError
 
+    check_output(junit, "--junit")
+    if junit is not None and until is not None:
+        raise InputError("--junit is for the gate, which --until leaves out")
     out = out or Path("build") / recipe.stem
     report = run(recipe, out, until=until, force=force, wait=wait, ablate=ablate)
     if not is_leader():
@@ -96,6 +103,8 @@ def export(
     if report is None:
         click.echo(f"stopped after {until}; finished stages are in {out / '.stages'}", err=True)
         return
+    if junit is not None:
+        junit.write_bytes(render_junit(report.name, report.gate))
     click.echo(render_table(report.evaluation))
     _warn_if_nothing_is_learnt(report.evaluation)
     refused = [check for check in report.gate if not check.passed]
@@ -280,6 +289,96 @@ def report(run: Path, as_json: bool) -> None:
 
     found = read_report(run)
     click.echo(msgspec.json.encode(found) if as_json else render_markdown(found), nl=as_json)
+
+
+@main.command(short_help="Put reports of builds and devices side by side.")
+@click.argument("reports", nargs=-1, required=True, metavar="REPORT...")
+@click.option("--baseline", help="Report to hold the others against. [default: the first]")
+@click.option(
+    "--max-accuracy-drop",
+    type=click.FloatRange(0, 1),
+    help="Most accuracy that a variant may lose against the baseline; 0.005 is half a point.",
+)
+@click.option(
+    "--max-latency-ratio",
+    type=click.FloatRange(0, min_open=True),
+    help="Highest median latency, as a multiple of the baseline's; 1.1 is a tenth more.",
+)
+@click.option(
+    "--allow-different-data",
+    is_flag=True,
+    help="Compare what was measured on different rows or texts, and say so.",
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page here.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the checks here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def compare(
+    reports: tuple[str, ...],
+    baseline: str | None,
+    max_accuracy_drop: float | None,
+    max_latency_ratio: float | None,
+    allow_different_data: bool,
+    html: Path | None,
+    junit: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare REPORTs: build directories, report.json files, and what devices brought by bench.
+
+    Prints Markdown. A REPORT is FILE or NAME=FILE; the name is what it is called in tables. Ends
+    with exit code 3 when a variant in a bundle is past a limit.
+    """
+    from edgebert_pipeline.compare import Limits, compare_sources
+    from edgebert_pipeline.compare_report import render_compared_html, render_compared_markdown
+    from edgebert_pipeline.gate import describe_breach
+    from edgebert_pipeline.junit import render_junit
+    from edgebert_pipeline.sources import read_sources
+
+    check_output(html, "--html")
+    check_output(junit, "--junit")
+    found = compare_sources(
+        read_sources(reports),
+        baseline=baseline,
+        limits=Limits(max_accuracy_drop=max_accuracy_drop, max_latency_ratio=max_latency_ratio),
+        allow_different_data=allow_different_data,
+    )
+    if html is not None:
+        html.write_text(render_compared_html(found), encoding="utf-8")
+    if junit is not None:
+        junit.write_bytes(render_junit(f"against {found.baseline}", found.checks))
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        click.echo(render_compared_markdown(found), nl=False)
+    refused = [check for check in found.checks if not check.passed]
+    for check in refused:
+        click.echo(describe_breach(check), err=True)
+    if refused:
+        raise GateRefusedError(f"{len(refused)} checks against {found.baseline} failed")
+
+
+@main.command(short_help="Show accuracy, latency and size over many reports.")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def history(directory: Path, html: Path | None, as_json: bool) -> None:
+    """Show every report of a build or a device under DIRECTORY, in the order of measuring.
+
+    Prints Markdown. The time is the one in the report, not the file's.
+    """
+    from edgebert_pipeline.history import (
+        read_history,
+        render_history_html,
+        render_history_markdown,
+    )
+
+    check_output(html, "--html")
+    found = read_history(directory)
+    if html is not None:
+        html.write_text(render_history_html(found), encoding="utf-8")
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        click.echo(render_history_markdown(found), nl=False)
 
 
 @main.command()

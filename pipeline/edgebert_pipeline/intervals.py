@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bootstrap", "mcnemar", "paired_difference", "wilson"]
+__all__ = ["bootstrap", "mcnemar", "paired_difference", "unpaired_difference", "wilson"]
 
 _Z = 1.959964  # the normal distribution's 97.5th percentile
 _RESAMPLES = 1000
@@ -40,6 +40,26 @@ def paired_difference(only_first: int, only_second: int, rows: int) -> tuple[flo
     variance = (only_first + only_second + 1) / total - difference * difference
     spread = _Z * math.sqrt(variance / total)
     return max(difference - spread, -1.0), min(difference + spread, 1.0)
+
+
+def unpaired_difference(first: int, rows: int, second: int, others: int) -> tuple[float, float]:
+    """Interval of how much larger a share the first of two is right on, each on rows of its own.
+
+    Newcombe's (1998, "Interval estimation for the difference between independent proportions",
+    method 10). On the same rows, where pairs are not known, it is wider than need be if both tend
+    to be right on the same ones.
+
+    Args:
+        first: Rows that the first answers right.
+        rows: Rows of the first, at least one.
+        second: Rows that the second answers right.
+        others: Rows of the second, at least one.
+    """
+    one, two = first / rows, second / others
+    (one_low, one_high), (two_low, two_high) = wilson(first, rows), wilson(second, others)
+    low = one - two - math.hypot(one - one_low, two_high - two)
+    high = one - two + math.hypot(one_high - one, two - two_low)
+    return max(low, -1.0), min(high, 1.0)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

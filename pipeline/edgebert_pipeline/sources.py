@@ -44,6 +44,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         variant: Its name, with the model's before it if its report has several.
+        key: What makes it the same variant in another report: its name alone if it is in the
+            bundle, whichever model that holds; otherwise ``variant``.
+        shipped: Whether it is in the bundle.
         precision: Of its weights.
         ran_on: Where it ran: ``cpu``, ``cuda``, ``tensorrt`` or ``rtx``.
         size_bytes: Of its model file.
@@ -54,6 +57,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     variant: str
+    key: str
+    shipped: bool
     precision: str
     ran_on: str
     size_bytes: int
@@ -77,6 +82,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
         machine: The processor, board, GPU and power mode; what makes figures of speed comparable.
         notes: What else bears on the figures: temperatures, for instance.
         rows_sha256: Hash of the labelled rows; ``None`` without any, and in older reports.
+        data_sha256: Hash of all rows of the build's data, the test rows among them; ``None`` on
+            a device.
         variants: What was measured.
         comparisons: Paired tests that the report itself made.
     """
@@ -91,8 +98,20 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     machine: str
     notes: tuple[str, ...]
     rows_sha256: str | None
+    data_sha256: str | None
     variants: tuple[Measured, ...]
     comparisons: tuple[Comparison, ...]
+
+    @property
+    def knows_accuracy(self) -> bool:
+        """Whether accuracy was measured."""
+        return any(item.accuracy is not None for item in self.variants)
+
+    def same_rows(self, other: Source) -> bool:
+        """Whether both are known to have been measured on the same labelled rows."""
+        if self.rows_sha256 is not None and other.rows_sha256 is not None:
+            return self.rows_sha256 == other.rows_sha256
+        return self.data_sha256 is not None and self.data_sha256 == other.data_sha256
 
 
 def read_sources(arguments: Sequence[str]) -> tuple[Source, ...]:
@@ -143,7 +162,7 @@ def read_source(path: Path, label: str) -> Source:
 
 def _of_build(report: Report, path: Path, label: str) -> Source:
     evaluation = report.evaluation
-    environment = evaluation.environment
+    environment, shipped = evaluation.environment, evaluation.shipped
     machine = environment.get("processor", "unknown processor")
     if "processors" in environment:
         machine += f" x {environment['processors']}"
@@ -160,9 +179,12 @@ def _of_build(report: Report, path: Path, label: str) -> Source:
         machine=machine,
         notes=(),
         rows_sha256=evaluation.rows_sha256,
+        data_sha256=report.data.sha256,
         variants=tuple(
             Measured(
                 variant=item.full_name,
+                key=item.name if item in shipped else item.full_name,
+                shipped=item in shipped,
                 precision=item.precision,
                 ran_on="cpu",
                 size_bytes=item.size_bytes,
@@ -211,6 +233,7 @@ def _of_device(report: DeviceReport, path: Path, label: str) -> Source:
         machine=", ".join(parts),
         notes=tuple(notes),
         rows_sha256=report.rows_sha256,
+        data_sha256=None,
         variants=tuple(_of_variant(item) for item in report.variants),
         comparisons=(),
     )
@@ -230,6 +253,8 @@ def _of_variant(item: DeviceVariant) -> Measured:
         )
     return Measured(
         variant=item.name,
+        key=item.name,
+        shipped=True,
         precision=item.precision,
         ran_on=item.device,
         size_bytes=item.size_bytes,

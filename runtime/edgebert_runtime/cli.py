@@ -24,7 +24,7 @@ from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour
 if TYPE_CHECKING:
     from edgebert_runtime.encoder import Text
 
-__all__ = ["COMMANDS", "CommandGroup", "main", "printable", "reported_errors"]
+__all__ = ["COMMANDS", "CommandGroup", "check_output", "main", "printable", "reported_errors"]
 
 _STREAM_TEXTS = 256
 """Most lines of standard input that are answered together."""
@@ -86,6 +86,12 @@ def reported_errors(call: Callable[..., Any], *args: Any) -> Any:
 def printable(text: str) -> str:
     """Replaces control characters, which could do things to a terminal, by spaces."""
     return text.translate(_CONTROL)
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Checks, before long work, that a file can be written. Raises ``InputError``."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise InputError(f"{option} {path}: give a file in a directory that is there")
 
 
 def _bundle_argument(command: Callable[..., None]) -> Callable[..., None]:
@@ -240,8 +246,7 @@ def bench(
 
     if all_variants and variant is not None:
         raise InputError("give --variant or --all-variants, not both")
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f"--out {out}: give a file in a directory that is there")
+    check_output(out, "--out")
     task = Bundle.open(bundle).manifest.task
     texts: list[Text] | None = None
     if path is not None:

@@ -19,7 +19,7 @@ from edgebert_pipeline.parts import (
 from edgebert_pipeline.report import Report
 from edgebert_runtime.bench import NOISY, Timing
 
-__all__ = ["latency_charts", "latency_section"]
+__all__ = ["cells_table", "latency_charts", "latency_section"]
 
 _Timed = Sequence[tuple[str, Timing]]
 
@@ -50,7 +50,10 @@ def latency_section(report: Report) -> Section | None:
     shown = timed if len(timed) <= len(COLOURS) else [item for item in timed if item[0] in shipped]
     charts = latency_charts(shown[: len(COLOURS)])
     if charts:
-        parts += [Grid(charts), Details("The figures by length and batch size", [_cells(timed)])]
+        parts += [
+            Grid(charts),
+            Details("The figures by length and batch size", [cells_table(timed)]),
+        ]
     return Section("latency", "Latency", parts)
 
 
@@ -105,7 +108,8 @@ def _noise(timed: _Timed) -> Iterator[Part]:
         )
 
 
-def _cells(timed: _Timed) -> Table:
+def cells_table(timed: _Timed) -> Table:
+    """Returns latency by length and batch: a row for each cell of each of ``timed``."""
     columns = [Column("variant")] + [
         Column(name, numeric=True)
         for name in ("up to tokens", "texts a call", "p50 ms", "p90 ms", "p99 ms", "calls")
