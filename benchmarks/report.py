@@ -108,7 +108,7 @@ def evaluate_made_up_answers(examples: list[Example], task: Task) -> Evaluation:
     for row, example in enumerate(examples):
         truth[row, list(example.labels)] = True
     names = ["fp32", *(f"int8-choice-{number}" for number in range(1, VARIANTS))]
-    answers = {name: answers_of(task, truth, seed) for seed, name in enumerate(names)}
+    answers = {name: answers_of(task, truth, seed + 1) for seed, name in enumerate(names)}
     rows = [(e.text, tuple(task.labels[index] for index in e.labels)) for e in examples]
     references, order = {MODEL: "fp32"}, row_order(rows)
     variants = [

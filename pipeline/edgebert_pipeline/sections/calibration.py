@@ -81,8 +81,8 @@ def _chart(report: Report) -> Chart:
                     "data": {"values": [{"a": end} for end in domain]},
                     "mark": {"type": "line", "stroke": MUTED, "strokeDash": [4, 4]},
                     "encoding": {
-                        "x": {"field": "a", "type": "quantitative"},
-                        "y": {"field": "a", "type": "quantitative"},
+                        "x": {**x, "field": "a"},
+                        "y": {**y, "field": "a"},
                     },
                 },
                 {

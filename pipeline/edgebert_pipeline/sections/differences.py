@@ -88,7 +88,7 @@ def _chart(evaluation: Evaluation) -> Chart:
         f"95 % intervals; {shown or 'none'} of them {'is' if shown == 1 else 'are'} shown to "
         "differ.",
         {
-            "height": {"step": 24},
+            "height": 24 * len(values),
             "data": {"values": values},
             "encoding": {
                 "y": y,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import escape
@@ -15,11 +15,12 @@ from edgebert_runtime.encoder import Text
 
 __all__ = ["flips_section"]
 
+_MOST_NAMED = 6
 _MOST_TEXT_BYTES = 800
-_MOST_BYTES = 1_500_000
+_MOST_BYTES = 1_800_000
 """Of all rows that are shown: a page is under 3 MB, whatever the texts and labels are."""
 
-_ROW_BYTES, _ANSWER_BYTES, _SCORE_BYTES = 400, 80, 10  # of the markup around them
+_ROW_BYTES, _ANSWER_BYTES = 400, 80  # of the markup around them
 
 
 def flips_section(report: Report) -> Section | None:
@@ -49,7 +50,7 @@ def flips_section(report: Report) -> Section | None:
 class _Answer:
     labels: str
     right: bool
-    scores: tuple[tuple[str, str], ...]
+    by: str
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class _Row:
         """How much of the page it takes, at most."""
         size = _ROW_BYTES + _bytes(self.truth) + sum(map(_bytes, self.texts))
         for answer in self.answers:
-            size += _ANSWER_BYTES + _bytes(answer.labels)
-            size += sum(_bytes(name) + _SCORE_BYTES for name, _ in answer.scores)
+            size += _ANSWER_BYTES + _bytes(answer.labels) + _bytes(answer.by)
         return size
 
 
@@ -99,7 +99,7 @@ def _row(item: FlippedRow, variants: Sequence[str]) -> _Row:
         _Answer(
             _listed(answer.labels),
             set(answer.labels) == set(item.truth),
-            tuple((name, f"{score:.2f}") for name, score in answer.scores.items()),
+            _by(answer.scores),
         )
         for answer in item.answers
     )
@@ -112,6 +112,13 @@ def _row(item: FlippedRow, variants: Sequence[str]) -> _Row:
         given=" ".join(str(place.get(name, -1)) for name in variants),
         right=next((n for n, answer in enumerate(answers) if answer.right), -1),
     )
+
+
+def _by(scores: Mapping[str, float]) -> str:
+    """Says who gave an answer, and with what score; how many, if they are many."""
+    if len(scores) > _MOST_NAMED:
+        return f"{len(scores)} variants {min(scores.values()):.2f} to {max(scores.values()):.2f}"
+    return ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
 
 
 def _parts(text: Text) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from edgebert_pipeline.parts import (
     Cell,
     Chart,
     Column,
+    Details,
     Grid,
     Part,
     Section,
@@ -18,11 +19,11 @@ from edgebert_pipeline.parts import (
     shorten,
 )
 from edgebert_pipeline.report import Report
-from edgebert_pipeline.scores import Evaluation, LabelScores, VariantScores
+from edgebert_pipeline.scores import LabelScores, VariantScores
 
 __all__ = ["labels_section", "looked_at"]
 
-_MOST_ROWS = 400
+_MOST_AT_ONCE, _MOST_ROWS = 40, 400
 _MOST_IN_CHART = 40
 _MOST_IN_MATRIX = 30
 _MOST_MISTAKES = 20
@@ -41,31 +42,30 @@ def labels_section(report: Report) -> Section:
     """Returns the section; every report has it."""
     evaluation, chosen = report.evaluation, looked_at(report)
     labels = evaluation.variants[0].labels
-    variants: Sequence[VariantScores] = evaluation.variants
-    left_out = ""
-    if len(labels) * len(variants) > _MOST_ROWS:
-        variants = chosen
-        names = " and ".join(v.full_name for v in chosen)
-        left_out = f" Of {len(evaluation.variants)} variants, {names}; all are in report.json."
-    rows = [_row(v, label) for v in variants for label in v.labels]
-    cut = f" The first {_MOST_ROWS} of {len(rows)} rows." if len(rows) > _MOST_ROWS else ""
-    parts: list[Part] = [_table(rows[:_MOST_ROWS])]
+    every = [_row(v, label) for v in evaluation.variants for label in v.labels]
+    few = len(every) <= _MOST_AT_ONCE
+    shown = every if few else [_row(v, label) for v in chosen for label in v.labels]
+    parts: list[Part] = [_table("", shown[:_MOST_ROWS])]
     if labels and labels[0].given is not None:
         parts.append(
             "Precision and recall with Wilson's 95 % intervals, F1 with one by the bootstrap "
-            f"(1,000 draws of the test rows, seed 0).{left_out}{cut}"
+            "(1,000 draws of the test rows, seed 0)."
         )
         if len(labels) <= _MOST_IN_CHART:
             parts.append(_f1_chart(chosen))
-    parts += _confusion(evaluation, chosen)
+    parts += _confusion(chosen)
+    if not few:
+        what = "The same of all variants"
+        what += f", the first {_MOST_ROWS} rows" if len(every) > _MOST_ROWS else ""
+        parts.append(Details(what, [_table(what, every[:_MOST_ROWS])]))
     return Section("labels", "Per label", parts)
 
 
-def _table(rows: Sequence[Sequence[Cell | str]]) -> Table:
+def _table(caption: str, rows: Sequence[Sequence[Cell | str]]) -> Table:
     columns = [Column("variant"), Column("label")] + [
         Column(name, numeric=True) for name in ("rows", "precision", "recall", "F1")
     ]
-    return Table("", columns, rows)
+    return Table(caption, columns, rows)
 
 
 def _row(variant: VariantScores, label: LabelScores) -> list[Cell | str]:
@@ -118,7 +118,7 @@ def _f1_chart(variants: Sequence[VariantScores]) -> Chart:
         f"F1 of each label for {' and '.join(names)}; the lowest is {worst['f1']:.3f} "
         f"({worst['label']}).",
         {
-            "height": {"step": 16 * len(names) + 10, "for": "position"},
+            "height": (16 * len(names) + 10) * len(variants[0].labels),
             "data": {"values": values},
             "encoding": {
                 "y": {"field": "label", "type": "nominal", "sort": None, "title": None},
@@ -151,7 +151,7 @@ def _f1_chart(variants: Sequence[VariantScores]) -> Chart:
     )
 
 
-def _confusion(evaluation: Evaluation, variants: Sequence[VariantScores]) -> list[Part]:
+def _confusion(variants: Sequence[VariantScores]) -> list[Part]:
     known = [v for v in variants if v.confusion is not None]
     if not known:
         return []
@@ -231,7 +231,7 @@ def _matrix(variant: VariantScores, labels: Sequence[str]) -> Chart:
         f"Confusion matrix of {variant.full_name}: {right} of {total} rows on the diagonal; the "
         "most frequent mistakes are in the table below.",
         {
-            "height": {"step": max(18, 48 - 2 * len(labels))},
+            "height": max(18, 48 - 2 * len(labels)) * len(labels),
             "data": {"values": cells},
             "encoding": {
                 "y": {"field": "truth", "title": "label", **axis},

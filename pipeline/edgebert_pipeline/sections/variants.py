@@ -12,7 +12,6 @@ from edgebert_pipeline.parts import (
     Cell,
     Chart,
     Column,
-    Grid,
     Section,
     Table,
 )
@@ -22,7 +21,7 @@ from edgebert_pipeline.wording import NOTHING_LEARNED
 
 __all__ = ["pareto_front", "variants_section", "variants_table"]
 
-_MOST_NAMED = 12
+_MOST_NAMED = 9
 _SHAPES = {"fp32": "circle", "fp16": "diamond", "int8": "square"}
 
 
@@ -48,7 +47,8 @@ def variants_section(report: Report) -> Section:
             "with Wilson's 95 % interval; always giving the commonest answer would reach "
             f"{evaluation.baseline_accuracy:.4f}.{learned} *Flips* are test rows that a variant "
             f"answers unlike its own model's reference.{on_gpu}",
-            Grid((_speed_and_accuracy(evaluation), _sizes(evaluation))),
+            _speed_and_accuracy(report),
+            _sizes(evaluation),
         ),
     )
 
@@ -123,7 +123,8 @@ def model_scale(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _speed_and_accuracy(evaluation: Evaluation) -> Chart:
+def _speed_and_accuracy(report: Report) -> Chart:
+    evaluation = report.evaluation
     front = pareto_front(evaluation)
     points: list[dict[str, Any]] = []
     named = sum(v.timing is not None for v in evaluation.variants) <= _MOST_NAMED
@@ -143,7 +144,9 @@ def _speed_and_accuracy(evaluation: Evaluation) -> Chart:
                 "low": v.accuracy_low,
                 "high": v.accuracy_high,
                 "size": v.size_bytes / 1e6,
-                "text": v.full_name if named or v in front else "",
+                "text": v.full_name
+                if named or evaluation.is_reference(v) or v.full_name == report.recommended.variant
+                else "",
                 "place": "on the Pareto front" if v in front else "behind the Pareto front",
             }
         )
@@ -269,7 +272,7 @@ def bars(
         f"{title}, {unit}: from {smallest['value']:{format_}} ({smallest['name']}) to "
         f"{largest['value']:{format_}} ({largest['name']}).",
         {
-            "height": {"step": 26},
+            "height": 26 * len(values),
             "data": {"values": list(values)},
             "encoding": {
                 "y": y,

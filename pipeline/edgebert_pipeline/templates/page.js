@@ -4,7 +4,6 @@
   const look = {
     background: null,
     font: getComputedStyle(document.body).fontFamily,  // Vega measures texts with it
-    autosize: { type: "fit-x", contains: "padding" },
     view: { stroke: null },
     axis: {
       labelColor: "var(--muted)", titleColor: "var(--muted)", gridColor: "var(--rule)",
@@ -26,6 +25,7 @@
     const spec = JSON.parse(plot.querySelector("script").textContent);
     const whole = {
       width: "container",
+      autosize: { type: "fit-x", contains: "padding" },
       description: plot.getAttribute("aria-label"),
       ...spec,
       config: look,
