@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
@@ -11,9 +12,12 @@ from edgebert_pipeline.parts import Cell, Facts, Grid, Heading, Notice, Part, Se
 __all__ = ["cell", "render_parts", "render_sections", "table"]
 
 
+_MEANING = re.compile(r"([|*`\[])")
+
+
 def cell(text: str) -> str:
-    """Keeps a label or a version from breaking out of its table cell."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    """Keeps a label or a version from breaking out of its table cell, or meaning anything else."""
+    return " ".join(_MEANING.sub(r"\\\1", text).replace("<", "&lt;").split())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -30,7 +34,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def render_sections(sections: Sequence[Section]) -> str:
     """Returns sections as Markdown: all but charts and what is folded away."""
     return "\n\n".join(
-        f"## {section.title}\n\n{render_parts(section.parts)}" for section in sections
+        f"## {cell(section.title)}\n\n{render_parts(section.parts)}" for section in sections
     )
 
 
@@ -45,7 +49,7 @@ def _blocks(part: Part) -> Iterator[str]:
     if isinstance(part, str):
         yield part.replace("<", "&lt;")
     elif isinstance(part, Heading):
-        yield f"### {part.text}"
+        yield f"### {cell(part.text)}"
     elif isinstance(part, Notice):
         yield part.text.replace("<", "&lt;")
     elif isinstance(part, Facts):
