@@ -45,7 +45,7 @@ def read_report(path: Path) -> Report:
     try:
         for older in range(version, REPORT_VERSION):
             _MIGRATIONS[older](raw)
-        report = msgspec.convert(raw, Report)
+        report = msgspec.convert(raw, Report, str_keys=True)
         return report if version == REPORT_VERSION else _conclude(report)
     except (msgspec.ValidationError, KeyError, TypeError, AttributeError, ZeroDivisionError) as exc:
         raise InputError(f"{path} is not a report of version {version}: {exc}") from exc

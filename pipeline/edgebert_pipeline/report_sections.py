@@ -68,9 +68,10 @@ def _built(report: Report) -> str:
     if len(labels) <= 4 and all(len(label) <= 40 for label in labels):
         named = f" ({', '.join(labels)})"
     variants = [v.name for v in report.evaluation.shipped]
+    holds = f"{len(variants)} variants" if len(variants) > 6 else ", ".join(variants)
     return (
         f"A bundle of the {shipped}{beside}. It gives {of} {kind} {len(labels)} labels{named}, "
-        f"and holds {', '.join(variants)}."
+        f"and holds {holds}."
     )
 
 
