@@ -350,5 +350,5 @@ def _check(differences: Sequence[Difference], limits: Limits) -> tuple[GateCheck
 
 def _measured(item: Difference, limit: str) -> float | None:
     if limit == "max_accuracy_drop":
-        return None if item.accuracy is None else -item.accuracy.difference
+        return None if item.accuracy is None else 0.0 - item.accuracy.difference
     return None if item.latency is None else item.latency.ratio

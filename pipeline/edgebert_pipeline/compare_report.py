@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import edgebert_runtime
-from edgebert_pipeline.compare import Compared, Difference
-from edgebert_pipeline.markdown import render_parts, render_sections
+from edgebert_pipeline.compare import AccuracyDifference, Compared, Difference, LatencyRatio
+from edgebert_pipeline.markdown import cell, render_parts, render_sections
 from edgebert_pipeline.page import render_page
 from edgebert_pipeline.parts import (
     COLOURS,
@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 _SHORT_HASH = 12
+_MOST_BARS, _MOST_CELLS = 60, 1000
+"""With more, what is shown is each report's fastest variant."""
 
 
 def render_compared_html(found: Compared) -> str:
@@ -52,7 +54,7 @@ def render_compared_html(found: Compared) -> str:
 def render_compared_markdown(found: Compared) -> str:
     """Returns a comparison as Markdown, fit for a comment on a change: all but charts."""
     sections = [section for section in _sections(found) if section.id not in ("latency", "paired")]
-    parts = [f"# {_title(found)}", render_parts(_lead(found)), render_sections(sections)]
+    parts = [f"# {cell(_title(found))}", render_parts(_lead(found)), render_sections(sections)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -103,6 +105,8 @@ def _variants(sources: Sequence[Source]) -> list[tuple[Source, Measured]]:
 
 
 def _side_by_side(found: Compared) -> list[Part]:
+    measured = _variants(found.sources)
+    with_memory = any(item.memory_bytes is not None for _, item in measured)
     columns = [Column("report"), Column("variant"), Column("ran on")]
     columns += [
         Column(name, numeric=True)
@@ -112,10 +116,10 @@ def _side_by_side(found: Compared) -> list[Part]:
             "p50 / p90 / p99 ms",
             "session p50 ms",
             "texts/s",
-            "memory MB",
+            *(["memory MB"] * with_memory),
         )
     ]
-    rows = [_row(source, item) for source, item in _variants(found.sources)]
+    rows = [_row(source, item)[: len(columns)] for source, item in measured]
     parts: list[Part] = [Table("", columns, rows)]
     charts = [chart for chart in (_accuracy_and_speed(found), _speed(found)) if chart is not None]
     if charts:
@@ -123,34 +127,43 @@ def _side_by_side(found: Compared) -> list[Part]:
     parts.append(
         "Latency: one text a call, tokenising and labelling included; *session*: the model alone "
         "in the same calls. Intervals of accuracy are Wilson's."
+        + (
+            " Memory: what the process grew by when the variant was loaded and answered; the "
+            "first one measured brings the libraries along."
+            if with_memory
+            else ""
+        )
     )
     return parts
 
 
 def _row(source: Source, item: Measured) -> list[Cell | str]:
-    accuracy, timing = item.accuracy, item.timing
-    speed: list[Cell | str] = [Cell("not timed", "", "muted"), "", ""]
-    if timing is not None:
-        p90 = "?" if timing.latency_p90_ms is None else f"{timing.latency_p90_ms:.2f}"
-        noisy = ", noisy" if timing.noisy else ""
-        speed = [
-            Cell(
-                f"{timing.latency_p50_ms:.2f} / {p90} / {timing.latency_p99_ms:.2f}{noisy}",
-                timing.latency_p50_ms,
-            ),
-            "" if timing.session_p50_ms is None else f"{timing.session_p50_ms:.2f}",
-            f"{timing.throughput_texts_per_s:.0f}",
-        ]
+    accuracy = item.accuracy
     return [
-        shorten(source.label),
-        shorten(item.variant),
+        Cell(shorten(source.label), mood="name"),
+        Cell(shorten(item.variant), mood="name"),
         item.ran_on,
         f"{item.size_bytes / 1e6:.1f}",
         Cell("not measured", "", "muted")
         if accuracy is None
         else Cell(f"{accuracy.share:.4f} ({accuracy.low:.4f}-{accuracy.high:.4f})", accuracy.share),
-        *speed,
+        *_speed_cells(item.timing),
         "" if item.memory_bytes is None else f"{item.memory_bytes / 1e6:.0f}",
+    ]
+
+
+def _speed_cells(timing: Timing | None) -> list[Cell | str]:
+    if timing is None:
+        return [Cell("not timed", "", "muted"), "", ""]
+    p90 = "?" if timing.latency_p90_ms is None else f"{timing.latency_p90_ms:.2f}"
+    noisy = ", noisy" if timing.noisy else ""
+    return [
+        Cell(
+            f"{timing.latency_p50_ms:.2f} / {p90} / {timing.latency_p99_ms:.2f}{noisy}",
+            timing.latency_p50_ms,
+        ),
+        "" if timing.session_p50_ms is None else f"{timing.session_p50_ms:.2f}",
+        f"{timing.throughput_texts_per_s:.0f}",
     ]
 
 
@@ -168,38 +181,45 @@ def differences_table(found: Compared) -> Table:
 
 
 def _difference_row(item: Difference) -> list[Cell | str]:
-    name = item.variant
+    name = shorten(item.variant)
     if item.variant != item.baseline_variant:
-        name += f" (there {item.baseline_variant})"
-    row: list[Cell | str] = [shorten(item.label), shorten(name)]
-    if item.accuracy is None:
-        row += [Cell("not measured", "", "muted"), ""]
+        name += f" (there {shorten(item.baseline_variant)})"
+    return [
+        Cell(shorten(item.label), mood="name"),
+        Cell(name, mood="name"),
+        *_accuracy_cells(item.accuracy),
+        *_latency_cells(item.latency),
+        f"{item.size_ratio:.2f}",
+    ]
+
+
+def _accuracy_cells(found: AccuracyDifference | None) -> list[Cell]:
+    if found is None:
+        return [Cell("not measured", "", "muted"), Cell("")]
+    better = found.difference > 0
+    words = f"no difference shown at n = {found.rows:,}"
+    if found.shown:
+        words = f"shown: {'better' if better else 'worse'}"
+    if found.p_value is not None:
+        words += f" (p = {found.p_value:.2g})"
+    figures = f"{found.difference:+.2%} ({found.low:+.2%} to {found.high:+.2%})"
+    return [Cell(figures, found.difference), Cell(words, mood=_mood(found.shown, better))]
+
+
+def _latency_cells(found: LatencyRatio | None) -> list[Cell]:
+    if found is None:
+        return [Cell("not timed", "", "muted"), Cell("")]
+    if found.low is None:
+        figures, words = f"{found.ratio:.2f}", "spread of the rounds unknown"
     else:
-        a = item.accuracy
-        words = f"no difference shown at n = {a.rows:,}"
-        if a.shown:
-            words = "shown: better" if a.difference > 0 else "shown: worse"
-        if a.p_value is not None:
-            words += f" (p = {a.p_value:.2g})"
-        row += [
-            Cell(f"{a.difference:+.2%} ({a.low:+.2%} to {a.high:+.2%})", a.difference),
-            Cell(words, mood=_mood(a.shown, a.difference > 0)),
-        ]
-    if item.latency is None:
-        row += [Cell("not timed", "", "muted"), ""]
-    else:
-        r = item.latency
-        spread = "" if r.low is None else f" ({r.low:.2f} to {r.high:.2f})"
-        words = "rounds overlap: no difference shown" if r.low is not None else "spread unknown"
-        if r.shown:
-            words = "faster in every round" if r.ratio < 1 else "slower in every round"
-        if not r.same_texts:
-            words = "other texts"
-        row += [
-            Cell(f"{r.ratio:.2f}{spread}", r.ratio),
-            Cell(words, mood=_mood(r.shown and r.same_texts, r.ratio < 1)),
-        ]
-    return [*row, f"{item.size_ratio:.2f}"]
+        figures = f"{found.ratio:.2f} ({found.low:.2f} to {found.high:.2f})"
+        words = "no difference shown: rounds overlap"
+    if found.shown:
+        words = f"{'faster' if found.ratio < 1 else 'slower'} in every round"
+    if not found.same_texts:
+        words = "timed on other texts"
+    mood = _mood(found.shown and found.same_texts, found.ratio < 1)
+    return [Cell(figures, found.ratio), Cell(words, mood=mood)]
 
 
 def _mood(shown: bool, better: bool) -> str:
@@ -305,6 +325,7 @@ def _values(found: Compared) -> list[dict[str, object]]:
                 "report": label,
                 "series": label if label in known else "others",
                 "variant": shorten(item.variant),
+                "precision": item.precision,
                 "name": f"{label}: {shorten(item.variant)}",
                 "p50": item.timing.latency_p50_ms,
                 "p90": item.timing.latency_p90_ms or item.timing.latency_p50_ms,
@@ -382,7 +403,10 @@ def _accuracy_and_speed(found: Compared) -> Chart | None:
                     "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.6},
                     "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}},
                 },
-                {"mark": {"type": "point", "size": 90, "opacity": 1}, "encoding": {"y": y}},
+                {
+                    "mark": {"type": "point", "size": 90, "opacity": 1},
+                    "encoding": {"y": y, "shape": {"field": "precision", "title": None}},
+                },
             ],
         },
         "Up and to the left is better. Lines: 95 % intervals.",
@@ -393,6 +417,9 @@ def _speed(found: Compared) -> Chart | None:
     values = _values(found)
     if not values:
         return None
+    if len(values) > _MOST_BARS:
+        by_speed = sorted(values, key=lambda value: -float(str(value["p50"])))
+        values = list({value["report"]: value for value in by_speed}.values())
     x = {"field": "p50", "type": "quantitative", "title": "ms a text"}
     y = {
         "field": "name",
@@ -449,8 +476,11 @@ def _by_length(sources: Sequence[Source]) -> list[Part]:
         return []
     shown = fastest[: len(COLOURS)]
     more = f" (of the first {len(shown)} reports)" if len(shown) < len(fastest) else ""
+    listed, of = timed, "all variants"
+    if sum(len(timing.cells) for _, timing in timed) > _MOST_CELLS:
+        listed, of = fastest, "each report's fastest variant"
     return [
-        f"Each report's fastest variant{more}; the figures of all are below.",
+        f"Each report's fastest variant{more}.",
         Grid(latency_charts(shown)),
-        Details("The figures by length and batch size", [cells_table(timed)]),
+        Details(f"The figures by length and batch size, of {of}", [cells_table(listed)]),
     ]

@@ -11,7 +11,7 @@ import msgspec
 import edgebert_runtime
 from edgebert_pipeline.compare import compare_sources
 from edgebert_pipeline.compare_report import about_differences, differences_table
-from edgebert_pipeline.markdown import render_parts, render_sections
+from edgebert_pipeline.markdown import cell, render_parts, render_sections
 from edgebert_pipeline.page import render_page
 from edgebert_pipeline.parts import (
     COLOURS,
@@ -104,7 +104,7 @@ def render_history_html(history: History) -> str:
 def render_history_markdown(history: History) -> str:
     """Returns a history as Markdown: all but charts."""
     sections = [section for section in _sections(history) if section.id != "charts"]
-    parts = [f"# {_title(history)}", render_parts(_lead(history)), render_sections(sections)]
+    parts = [f"# {cell(_title(history))}", render_parts(_lead(history)), render_sections(sections)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -145,8 +145,9 @@ def _lead(history: History) -> list[Part]:
 def _sections(history: History) -> list[Section]:
     sections = [Section("charts", "Over time", (Grid(_charts(history.sources)),))]
     latest = history.sources[-1]
-    before = next((s for s in history.sources[-2::-1] if s.name == latest.name), None)
-    if before is not None:
+    earlier = [s for s in history.sources[-2::-1] if s.name == latest.name]
+    if earlier:
+        before = next((s for s in earlier if s.machine == latest.machine), earlier[0])
         compared = compare_sources([before, latest], allow_different_data=True)
         if compared.differences:
             title = f"The latest, {shorten(latest.label)}, against {shorten(before.label)}"
@@ -165,18 +166,18 @@ def _table(sources: Sequence[Source]) -> Table:
     columns = [Column("measured"), Column("report"), Column("commit"), Column("variant")]
     columns += [
         Column(name, numeric=True)
-        for name in ("accuracy (95 % interval)", "p50 / p99 ms", "size MB", "test rows")
+        for name in ("accuracy (95 % interval)", "p50 / p99 ms", "size MB")
     ]
-    columns.append(Column("machine"))
+    columns += [Column("test rows"), Column("machine")]
     rows: list[list[Cell | str]] = []
     for source, item in _shipped(sources):
         accuracy, timing = item.accuracy, item.timing
         rows.append(
             [
-                source.measured_at[:16],
-                shorten(source.label),
+                Cell(source.measured_at[:16], mood="name"),
+                Cell(shorten(source.label), mood="name"),
                 Cell((source.commit or "")[:12], mood="code"),
-                shorten(item.variant),
+                Cell(shorten(item.variant), mood="name"),
                 Cell("not measured", "", "muted")
                 if accuracy is None
                 else Cell(
@@ -190,7 +191,7 @@ def _table(sources: Sequence[Source]) -> Table:
                 ),
                 f"{item.size_bytes / 1e6:.1f}",
                 Cell((source.rows_sha256 or "")[:8], mood="code"),
-                source.machine,
+                Cell(shorten(source.machine), mood="name"),
             ]
         )
     return Table("", columns, rows)
@@ -293,6 +294,7 @@ def _chart(
                     "type": "temporal",
                     "title": None,
                     "scale": {"type": "utc", "padding": 15},
+                    "axis": {"tickCount": 5},
                 },
                 "color": {
                     "field": "variant",

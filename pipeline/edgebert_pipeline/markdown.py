@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
@@ -11,9 +12,18 @@ from edgebert_pipeline.parts import Cell, Facts, Grid, Heading, Notice, Part, Se
 __all__ = ["cell", "render_parts", "render_sections", "table"]
 
 
+_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+_MEANING = re.compile(r"([|*`\[])")
+
+
+def _escape(text: str) -> str:
+    """Keeps a text from being taken for HTML."""
+    return _MARKUP.sub(lambda found: {"<": "&lt;", "&": "&amp;"}[found.group()], text)
+
+
 def cell(text: str) -> str:
-    """Keeps a label or a version from breaking out of its table cell."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    """Keeps a label or a version from breaking out of its table cell, or meaning anything else."""
+    return " ".join(_escape(_MEANING.sub(r"\\\1", text)).split())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -30,7 +40,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def render_sections(sections: Sequence[Section]) -> str:
     """Returns sections as Markdown: all but charts and what is folded away."""
     return "\n\n".join(
-        f"## {section.title}\n\n{render_parts(section.parts)}" for section in sections
+        f"## {cell(section.title)}\n\n{render_parts(section.parts)}" for section in sections
     )
 
 
@@ -43,17 +53,17 @@ def _blocks(part: Part) -> Iterator[str]:
     if isinstance(part, Markup):
         return
     if isinstance(part, str):
-        yield part.replace("<", "&lt;")
+        yield _escape(part)
     elif isinstance(part, Heading):
-        yield f"### {part.text}"
+        yield f"### {cell(part.text)}"
     elif isinstance(part, Notice):
-        yield part.text.replace("<", "&lt;")
+        yield _escape(part.text)
     elif isinstance(part, Facts):
-        rows = [(cell(f.name), cell(f.value), f.note.replace("<", "&lt;")) for f in part.facts]
+        rows = [(cell(f.name), cell(f.value), _escape(f.note)) for f in part.facts]
         yield table(("", "", ""), rows)
     elif isinstance(part, Table):
         if part.caption:
-            yield f"{part.caption.replace('<', '&lt;')}:"
+            yield f"{_escape(part.caption)}:"
         yield table(
             [cell(column.name) for column in part.columns],
             [[_cell(item) for item in row] for row in part.rows],

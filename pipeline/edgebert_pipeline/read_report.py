@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from edgebert_pipeline.intervals import wilson
 from edgebert_pipeline.not_done import list_not_done
@@ -15,6 +16,15 @@ from edgebert_pipeline.report import REPORT_VERSION, Report
 from edgebert_runtime.errors import InputError
 
 __all__ = ["read_report"]
+
+_MALFORMED = (
+    msgspec.ValidationError,
+    AttributeError,
+    KeyError,
+    RecursionError,
+    TypeError,
+    ZeroDivisionError,
+)
 
 
 def read_report(path: Path) -> Report:
@@ -29,26 +39,34 @@ def read_report(path: Path) -> Report:
     """
     path = path / "report.json" if path.is_dir() else path
     try:
-        raw = msgspec.json.decode(path.read_bytes())
+        data = path.read_bytes()
+        version = msgspec.json.decode(data, type=_Head).report_version
     except OSError as exc:
         raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
+    except msgspec.ValidationError as exc:
+        raise InputError(f"{path} is not a report of edgebert: it has no report_version") from exc
     except (msgspec.DecodeError, RecursionError) as exc:
         raise InputError(f"{path} is not a report: {exc}") from exc
-    version = raw.get("report_version") if isinstance(raw, dict) else None
-    if not isinstance(version, int) or version < 1:
-        raise InputError(f"{path} is not a report of edgebert: it has no report_version")
     if version > REPORT_VERSION:
         raise InputError(
             f"{path} has report_version {version}; this edgebert reads up to {REPORT_VERSION}: "
             "use a newer one"
         )
     try:
+        if version == REPORT_VERSION:
+            return msgspec.json.decode(data, type=Report)
+        raw = msgspec.json.decode(data)
         for older in range(version, REPORT_VERSION):
             _MIGRATIONS[older](raw)
-        report = msgspec.convert(raw, Report, str_keys=True)
-        return report if version == REPORT_VERSION else _conclude(report)
-    except (msgspec.ValidationError, KeyError, TypeError, AttributeError, ZeroDivisionError) as exc:
+        return _conclude(msgspec.convert(raw, Report, str_keys=True))
+    except _MALFORMED as exc:
         raise InputError(f"{path} is not a report of version {version}: {exc}") from exc
+
+
+class _Head(msgspec.Struct):
+    """What every version has."""
+
+    report_version: Annotated[int, Meta(ge=1)]
 
 
 def _conclude(report: Report) -> Report:

@@ -14,7 +14,8 @@ __all__ = ["comparisons_table", "differences_section"]
 def differences_section(report: Report) -> Section:
     """Returns the section; every report has it."""
     evaluation = report.evaluation
-    parts: list[Part] = ["There is only one variant."]
+    alone = len(evaluation.variants) == 1
+    parts: list[Part] = ["There is only one variant." if alone else "None was made."]
     if evaluation.comparisons:
         parts = [comparisons_table(evaluation), ABOUT_COMPARISONS, _chart(evaluation)]
     return Section("differences", "Paired comparisons", parts)

@@ -17,7 +17,6 @@ from edgebert_pipeline.parts import (
 )
 from edgebert_pipeline.report import Report
 from edgebert_pipeline.scores import TEACHER, Evaluation, VariantScores
-from edgebert_pipeline.wording import NOTHING_LEARNED
 
 __all__ = ["pareto_front", "variants_section", "variants_table"]
 
@@ -29,7 +28,6 @@ def variants_section(report: Report) -> Section:
     """Returns the section; every report has it."""
     evaluation = report.evaluation
     all_right = " (all labels of a text right)" if report.task.kind == "multi_label" else ""
-    learned = f" **{NOTHING_LEARNED}**" if evaluation.learned_nothing else ""
     gpu = [v.full_name for v in evaluation.variants if v.timing is None]
     on_gpu = (
         f" Variants for a GPU ({', '.join(gpu)}) were answered by ONNX Runtime on this CPU, from "
@@ -45,7 +43,7 @@ def variants_section(report: Report) -> Section:
             variants_table(evaluation, report.recommended.variant),
             f"Accuracy on {evaluation.rows:,} test rows that nothing was chosen by{all_right}, "
             "with Wilson's 95 % interval; always giving the commonest answer would reach "
-            f"{evaluation.baseline_accuracy:.4f}.{learned} *Flips* are test rows that a variant "
+            f"{evaluation.baseline_accuracy:.4f}. *Flips* are test rows that a variant "
             f"answers unlike its own model's reference.{on_gpu}",
             _speed_and_accuracy(report),
             _sizes(evaluation),
@@ -289,7 +287,7 @@ def bars(
                 ],
             },
             "layer": [
-                {"mark": {"type": "bar", "fill": ACCENT}, "encoding": {"color": colour}}
+                {"mark": "bar", "encoding": {"color": colour}}
                 if colour
                 else {"mark": {"type": "bar", "color": ACCENT}},
                 {
