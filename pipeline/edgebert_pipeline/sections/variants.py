@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,7 +116,7 @@ def model_scale(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "field": "model",
         "type": "nominal",
-        "title": "model",
+        "title": None,
         "scale": {"domain": models, "range": list(COLOURS[: len(models)])},
         **({"legend": None} if len(models) == 1 else {}),
     }
@@ -174,6 +175,8 @@ def _speed_and_accuracy(report: Report) -> Chart:
         {"field": "size", "title": "MB", "format": ".1f"},
         {"field": "place", "title": "it is"},
     ]
+    ends = min(p["p50"] for p in points), max(p["p50"] for p in points)
+    middle = math.sqrt(ends[0] * ends[1]) if spread > 8 else sum(ends) / 2
     precisions = [p for p in _SHAPES if any(item["precision"] == p for item in points)]
     spec = {
         "height": 340,
@@ -213,6 +216,7 @@ def _speed_and_accuracy(report: Report) -> Chart:
                     "shape": {
                         "field": "precision",
                         "type": "nominal",
+                        "title": None,
                         "scale": {
                             "domain": precisions,
                             "range": [_SHAPES[p] for p in precisions],
@@ -221,10 +225,20 @@ def _speed_and_accuracy(report: Report) -> Chart:
                     "tooltip": hover,
                 },
             },
-            {
-                "mark": {"type": "text", "align": "left", "dx": 9, "dy": -9},
-                "encoding": {"text": {"field": "text"}},
-            },
+            *(
+                {
+                    "transform": [{"filter": f"datum.p50 {side} {middle}"}],
+                    "mark": {
+                        "type": "text",
+                        "align": align,
+                        "dx": dx,
+                        "dy": -9,
+                        "opacity": {"expr": "width > 400 ? 1 : 0"},  # they collide on a phone
+                    },
+                    "encoding": {"text": {"field": "text"}},
+                }
+                for side, align, dx in (("<=", "left", 9), (">", "right", -9))
+            ),
         ],
     }
     names = ", ".join(
