@@ -56,6 +56,7 @@ format: install
 
 docs: install
 	$(BIN)/edgebert recipe --reference > docs/recipe.md
+	$(BIN)/edgebert report --schema > docs/report.schema.json
 
 # Newest versions that fit, for every supported Python and platform; needs uv.
 lock:

@@ -305,16 +305,37 @@ def estimate(
     click.echo(msgspec.json.encode(found) if as_json else render_estimate(found))
 
 
-@main.command(short_help="Print the report of a build as Markdown.")
-@click.argument("run", type=click.Path(path_type=Path))
+@main.command(short_help="Print the report of a build as Markdown, or write it as HTML.")
+@click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def report(run: Path, as_json: bool) -> None:
-    """Print the report of a build directory RUN (or of a report.json) as Markdown."""
-    from edgebert_pipeline.read_report import read_report
-    from edgebert_pipeline.report_markdown import render_markdown
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page to this file instead.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of report.json.")
+def report(run: Path | None, as_json: bool, html: Path | None, schema: bool) -> None:
+    """Print the report of a build directory RUN (or of a report.json) as Markdown.
 
+    Reports of older versions are read, too; --json prints them in this version's form.
+    """
+    if schema:
+        from edgebert_pipeline.report_schema import render_schema
+
+        click.echo(render_schema(), nl=False)
+        return
+    if run is None:
+        raise click.UsageError("give a build directory or a report.json, or --schema")
+    from edgebert_pipeline.read_report import read_report
+
+    check_output(html, "--html")
     found = read_report(run)
-    click.echo(msgspec.json.encode(found) if as_json else render_markdown(found), nl=as_json)
+    if html is not None:
+        from edgebert_pipeline.report_html import render_html
+
+        html.write_text(render_html(found), encoding="utf-8")
+    elif as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        from edgebert_pipeline.report_markdown import render_markdown
+
+        click.echo(render_markdown(found), nl=False)
 
 
 @main.command(short_help="Put reports of builds and devices side by side.")

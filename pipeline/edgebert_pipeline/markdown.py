@@ -12,12 +12,18 @@ from edgebert_pipeline.parts import Cell, Facts, Grid, Heading, Notice, Part, Se
 __all__ = ["cell", "render_parts", "render_sections", "table"]
 
 
+_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 _MEANING = re.compile(r"([|*`\[])")
+
+
+def _escape(text: str) -> str:
+    """Keeps a text from being taken for HTML."""
+    return _MARKUP.sub(lambda found: {"<": "&lt;", "&": "&amp;"}[found.group()], text)
 
 
 def cell(text: str) -> str:
     """Keeps a label or a version from breaking out of its table cell, or meaning anything else."""
-    return " ".join(_MEANING.sub(r"\\\1", text).replace("<", "&lt;").split())
+    return " ".join(_escape(_MEANING.sub(r"\\\1", text)).split())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -47,17 +53,17 @@ def _blocks(part: Part) -> Iterator[str]:
     if isinstance(part, Markup):
         return
     if isinstance(part, str):
-        yield part.replace("<", "&lt;")
+        yield _escape(part)
     elif isinstance(part, Heading):
         yield f"### {cell(part.text)}"
     elif isinstance(part, Notice):
-        yield part.text.replace("<", "&lt;")
+        yield _escape(part.text)
     elif isinstance(part, Facts):
-        rows = [(cell(f.name), cell(f.value), f.note.replace("<", "&lt;")) for f in part.facts]
+        rows = [(cell(f.name), cell(f.value), _escape(f.note)) for f in part.facts]
         yield table(("", "", ""), rows)
     elif isinstance(part, Table):
         if part.caption:
-            yield f"{part.caption.replace('<', '&lt;')}:"
+            yield f"{_escape(part.caption)}:"
         yield table(
             [cell(column.name) for column in part.columns],
             [[_cell(item) for item in row] for row in part.rows],

@@ -82,9 +82,10 @@ def _quantised(quantisation: Mapping[str, Quantisation], evaluation: Evaluation)
         if log.gpu.refusal is not None:
             missing = "int8-gpu" if log.gpu.fp16 is not None else "int8-gpu and fp16-gpu"
             yield f"{of}{missing}", log.gpu.refusal
-        if log.gpu.fit is not None and not log.gpu.fit.sensitivity:
+        shipped = model == next(iter(quantisation))
+        if shipped and log.gpu.fit is not None and not log.gpu.fit.sensitivity:
             yield (
-                f"{of}sensitivity of each layer",
+                "Measuring each layer's sensitivity",
                 "all layers fit the budget at once (quantise.sensitivity)",
             )
 

@@ -32,6 +32,7 @@ __all__ = [
     "Facts",
     "Grid",
     "Heading",
+    "Legend",
     "Notice",
     "Part",
     "Section",
@@ -115,6 +116,13 @@ class Heading:
 
 
 @dataclass(frozen=True)
+class Legend:
+    """What the colours of the charts after it mean: ``names`` in the order of ``COLOURS``."""
+
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Grid:
     """Parts side by side where there is room."""
 
@@ -153,7 +161,7 @@ class Notice:
     mood: str = ""
 
 
-Part = str | Markup | Heading | Table | Chart | Grid | Details | Facts | Notice
+Part = str | Markup | Heading | Legend | Table | Chart | Grid | Details | Facts | Notice
 """``Markup`` is for HTML alone, as it is."""
 
 

@@ -15,7 +15,8 @@ def recommend(evaluation: Evaluation, gate: Sequence[GateCheck]) -> Recommendati
     """Chooses among the variants in the bundle that were timed.
 
     One that the gate refuses, or that the paired test shows to be less accurate than its
-    reference, is not recommended. Of the others, the one with the lowest median latency is.
+    reference, is not recommended. Of the others, the one with the lowest median latency is; where
+    rounds overlap with those of the fastest, the smallest of them.
     """
     timed = {v.full_name: v.timing for v in evaluation.shipped if v.timing is not None}
     if not timed:
@@ -38,10 +39,21 @@ def recommend(evaluation: Evaluation, gate: Sequence[GateCheck]) -> Recommendati
         return Recommendation(
             variant=None, reason="The gate refuses every variant that could be recommended."
         )
-    best = min(left, key=lambda v: timed[v.full_name].latency_p50_ms)
+    fastest = min((timed[v.full_name] for v in left), key=lambda timing: timing.latency_p50_ms)
+    best = min(
+        (v for v in left if not _slower(timed[v.full_name], fastest)), key=lambda v: v.size_bytes
+    )
     return Recommendation(
         variant=best.full_name, reason=_reason(evaluation, best, reference, left, timed)
     )
+
+
+def _slower(timing: Timing, fastest: Timing) -> bool:
+    """Whether a variant's median latency was higher in every round than the fastest one's."""
+    low, high = timing.latency_p50_low_ms, fastest.latency_p50_high_ms
+    if low is None or high is None:
+        return timing.latency_p50_ms > fastest.latency_p50_ms
+    return low > high
 
 
 def _reason(
@@ -52,10 +64,12 @@ def _reason(
     timed: dict[str, Timing],
 ) -> str:
     p50 = timed[best.full_name].latency_p50_ms
+    fastest = min(timed[v.full_name].latency_p50_ms for v in left)
+    first = "the fastest" if p50 == fastest else "the smallest of the fastest, whose rounds overlap"
     if len(left) > 1:
         sentence = (
             f"Of {len(left)} variants that keep to every limit and are not shown to be less "
-            f"accurate than {reference.name}, it is the fastest: {p50:.2f} ms a text"
+            f"accurate than {reference.name}, it is {first}: {p50:.2f} ms a text"
         )
     else:
         sentence = (

@@ -102,7 +102,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All of ``report.json``; ``read_report`` reads it, older versions too.
 
     Attributes:
-        report_version: ``REPORT_VERSION``.
+        report_version: Of this format.
         name: Name of the model.
         measured_at: When measuring ended (UTC, ISO 8601).
         commit: Of the repository that the recipe lies in, with ``-dirty`` if files were changed

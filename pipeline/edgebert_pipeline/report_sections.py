@@ -20,6 +20,7 @@ from edgebert_pipeline.sections.made import (
 from edgebert_pipeline.sections.quantisation import quantisation_section
 from edgebert_pipeline.sections.training import training_section
 from edgebert_pipeline.sections.variants import variants_section
+from edgebert_pipeline.wording import NOTHING_LEARNED
 
 __all__ = ["report_lead", "report_sections"]
 
@@ -28,7 +29,8 @@ def report_lead(report: Report) -> list[Part]:
     """Returns what is to be known first: what was built, the verdict, what to take and why."""
     found = report.recommended
     take = f"Recommended: **{found.variant}**." if found.variant else "No variant is recommended."
-    return [_built(report), _verdict(report), f"{take} {found.reason}", _facts(report)]
+    nothing = [Notice(f"**{NOTHING_LEARNED}**", "bad")] * report.evaluation.learned_nothing
+    return [_built(report), _verdict(report), *nothing, f"{take} {found.reason}", _facts(report)]
 
 
 def report_sections(report: Report) -> list[Section]:
@@ -68,9 +70,10 @@ def _built(report: Report) -> str:
     if len(labels) <= 4 and all(len(label) <= 40 for label in labels):
         named = f" ({', '.join(labels)})"
     variants = [v.name for v in report.evaluation.shipped]
+    holds = f"{len(variants)} variants" if len(variants) > 6 else ", ".join(variants)
     return (
         f"A bundle of the {shipped}{beside}. It gives {of} {kind} {len(labels)} labels{named}, "
-        f"and holds {', '.join(variants)}."
+        f"and holds {holds}."
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from edgebert_pipeline.intervals import wilson
 from edgebert_pipeline.parts import COLOURS, MUTED, Cell, Chart, Column, Grid, Section, Table
 from edgebert_pipeline.report import Report
@@ -40,7 +43,7 @@ def calibration_section(report: Report) -> Section | None:
 def _chart(report: Report) -> Chart:
     chosen = looked_at(report)
     names = [v.full_name for v in chosen]
-    values = []
+    values: list[dict[str, Any]] = []
     for v in chosen:
         for item in v.reliability:
             low, high = wilson(item.correct, item.answers)
@@ -54,19 +57,20 @@ def _chart(report: Report) -> Chart:
                     "answers": item.answers,
                 }
             )
-    start = min(min(float(str(v["confidence"])), float(str(v["low"]))) for v in values)
-    domain = [max(0.0, int(start * 10) / 10), 1.0]
+    from_x, from_y = (
+        math.floor(min(v[field] for v in values) * 10) / 10 for field in ("confidence", "low")
+    )
     x = {
         "field": "confidence",
         "type": "quantitative",
         "title": "mean confidence",
-        "scale": {"domain": domain},
+        "scale": {"domain": [from_x, 1]},
     }
     y = {
         "field": "right",
         "type": "quantitative",
         "title": "share that is right",
-        "scale": {"domain": domain},
+        "scale": {"domain": [from_y, 1]},
     }
     errors = ", ".join(f"{v.full_name} {v.calibration_error:.3f}" for v in chosen)
     return Chart(
@@ -78,7 +82,7 @@ def _chart(report: Report) -> Chart:
             "data": {"values": values},
             "layer": [
                 {
-                    "data": {"values": [{"a": end} for end in domain]},
+                    "data": {"values": [{"a": end} for end in (max(from_x, from_y), 1)]},
                     "mark": {"type": "line", "stroke": MUTED, "strokeDash": [4, 4]},
                     "encoding": {
                         "x": {**x, "field": "a"},

@@ -10,11 +10,14 @@ from edgebert_pipeline.wording import ABOUT_COMPARISONS, comparison_in_words, di
 
 __all__ = ["comparisons_table", "differences_section"]
 
+_MINUS = " − "
+
 
 def differences_section(report: Report) -> Section:
     """Returns the section; every report has it."""
     evaluation = report.evaluation
-    parts: list[Part] = ["There is only one variant."]
+    alone = len(evaluation.variants) == 1
+    parts: list[Part] = ["There is only one variant." if alone else "None was made."]
     if evaluation.comparisons:
         parts = [comparisons_table(evaluation), ABOUT_COMPARISONS, _chart(evaluation)]
     return Section("differences", "Paired comparisons", parts)
@@ -57,7 +60,7 @@ def _chart(evaluation: Evaluation) -> Chart:
         )
         values.append(
             {
-                "pair": f"{item.first} − {item.second}",
+                "pair": f"{item.first}{_MINUS}{item.second}",
                 "difference": (item.only_first_correct - item.only_second_correct)
                 / evaluation.rows
                 * 100,
@@ -71,14 +74,14 @@ def _chart(evaluation: Evaluation) -> Chart:
     x = {
         "field": "difference",
         "type": "quantitative",
-        "title": "difference of accuracy, percentage points",
+        "title": "percentage points",
     }
     y = {
         "field": "pair",
         "type": "nominal",
         "sort": None,
         "title": None,
-        "axis": {"labelLimit": 230},
+        "axis": {"labelLimit": 150, "labelExpr": f"split(datum.label, '{_MINUS}')"},
     }
     colour = {"condition": {"test": "datum.shown", "value": ACCENT}, "value": MUTED}
     shown = sum(item.shown for item in evaluation.comparisons)
@@ -88,7 +91,7 @@ def _chart(evaluation: Evaluation) -> Chart:
         f"95 % intervals; {shown or 'none'} of them {'is' if shown == 1 else 'are'} shown to "
         "differ.",
         {
-            "height": 24 * len(values),
+            "height": 36 * len(values),
             "data": {"values": values},
             "encoding": {
                 "y": y,

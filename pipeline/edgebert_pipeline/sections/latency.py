@@ -11,6 +11,7 @@ from edgebert_pipeline.parts import (
     Column,
     Details,
     Grid,
+    Legend,
     Notice,
     Part,
     Section,
@@ -51,6 +52,7 @@ def latency_section(report: Report) -> Section | None:
     charts = latency_charts(shown[: len(COLOURS)])
     if charts:
         parts += [
+            Legend([name for name, _ in shown[: len(COLOURS)]]),
             Grid(charts),
             Details("The figures by length and batch size", [cells_table(timed)]),
         ]
@@ -167,8 +169,8 @@ def _chart(timed: _Timed, batch_size: int) -> Chart:
     colour = {
         "field": "name",
         "type": "nominal",
-        "title": None,
         "scale": {"domain": names, "range": list(COLOURS[: len(names)])},
+        "legend": None,
     }
     hover = [
         {"field": "name", "title": "variant"},

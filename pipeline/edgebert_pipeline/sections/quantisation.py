@@ -17,6 +17,7 @@ __all__ = ["quantisation_section"]
 
 _MOST_LISTED = 12
 _MOST_IN_CHART = 30
+_LONGEST_NAME = 28
 
 
 def quantisation_section(report: Report) -> Section | None:
@@ -176,7 +177,7 @@ def _layers(model: str, variant: str, found: Fit) -> Iterator[Part]:
 
 def _sensitivity_chart(model: str, variant: str, found: Fit) -> Chart | None:
     values = [
-        {"name": damage.layer, "value": damage.divergence}
+        {"name": _tail(damage.layer), "value": damage.divergence}
         for damage in found.sensitivity[:_MOST_IN_CHART]
         if damage.divergence is not None
     ]
@@ -188,6 +189,10 @@ def _sensitivity_chart(model: str, variant: str, found: Fit) -> Chart | None:
         "divergence from FP32, nats",
         ".2g",
     )
+
+
+def _tail(layer: str) -> str:
+    return layer if len(layer) <= _LONGEST_NAME else "…" + layer[-_LONGEST_NAME:]
 
 
 def _scales(scales: Sequence[ScaleSummary]) -> Table:

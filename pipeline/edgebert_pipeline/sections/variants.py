@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ from edgebert_pipeline.parts import (
 )
 from edgebert_pipeline.report import Report
 from edgebert_pipeline.scores import TEACHER, Evaluation, VariantScores
-from edgebert_pipeline.wording import NOTHING_LEARNED
 
 __all__ = ["pareto_front", "variants_section", "variants_table"]
 
@@ -29,7 +29,6 @@ def variants_section(report: Report) -> Section:
     """Returns the section; every report has it."""
     evaluation = report.evaluation
     all_right = " (all labels of a text right)" if report.task.kind == "multi_label" else ""
-    learned = f" **{NOTHING_LEARNED}**" if evaluation.learned_nothing else ""
     gpu = [v.full_name for v in evaluation.variants if v.timing is None]
     on_gpu = (
         f" Variants for a GPU ({', '.join(gpu)}) were answered by ONNX Runtime on this CPU, from "
@@ -45,7 +44,7 @@ def variants_section(report: Report) -> Section:
             variants_table(evaluation, report.recommended.variant),
             f"Accuracy on {evaluation.rows:,} test rows that nothing was chosen by{all_right}, "
             "with Wilson's 95 % interval; always giving the commonest answer would reach "
-            f"{evaluation.baseline_accuracy:.4f}.{learned} *Flips* are test rows that a variant "
+            f"{evaluation.baseline_accuracy:.4f}. *Flips* are test rows that a variant "
             f"answers unlike its own model's reference.{on_gpu}",
             _speed_and_accuracy(report),
             _sizes(evaluation),
@@ -117,7 +116,7 @@ def model_scale(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "field": "model",
         "type": "nominal",
-        "title": "model",
+        "title": None,
         "scale": {"domain": models, "range": list(COLOURS[: len(models)])},
         **({"legend": None} if len(models) == 1 else {}),
     }
@@ -176,6 +175,8 @@ def _speed_and_accuracy(report: Report) -> Chart:
         {"field": "size", "title": "MB", "format": ".1f"},
         {"field": "place", "title": "it is"},
     ]
+    ends = min(p["p50"] for p in points), max(p["p50"] for p in points)
+    middle = math.sqrt(ends[0] * ends[1]) if spread > 8 else sum(ends) / 2
     precisions = [p for p in _SHAPES if any(item["precision"] == p for item in points)]
     spec = {
         "height": 340,
@@ -215,6 +216,7 @@ def _speed_and_accuracy(report: Report) -> Chart:
                     "shape": {
                         "field": "precision",
                         "type": "nominal",
+                        "title": None,
                         "scale": {
                             "domain": precisions,
                             "range": [_SHAPES[p] for p in precisions],
@@ -223,10 +225,20 @@ def _speed_and_accuracy(report: Report) -> Chart:
                     "tooltip": hover,
                 },
             },
-            {
-                "mark": {"type": "text", "align": "left", "dx": 9, "dy": -9},
-                "encoding": {"text": {"field": "text"}},
-            },
+            *(
+                {
+                    "transform": [{"filter": f"datum.p50 {side} {middle}"}],
+                    "mark": {
+                        "type": "text",
+                        "align": align,
+                        "dx": dx,
+                        "dy": -9,
+                        "opacity": {"expr": "width > 400 ? 1 : 0"},  # they collide on a phone
+                    },
+                    "encoding": {"text": {"field": "text"}},
+                }
+                for side, align, dx in (("<=", "left", 9), (">", "right", -9))
+            ),
         ],
     }
     names = ", ".join(
@@ -289,7 +301,7 @@ def bars(
                 ],
             },
             "layer": [
-                {"mark": {"type": "bar", "fill": ACCENT}, "encoding": {"color": colour}}
+                {"mark": "bar", "encoding": {"color": colour}}
                 if colour
                 else {"mark": {"type": "bar", "color": ACCENT}},
                 {
