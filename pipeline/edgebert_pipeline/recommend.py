@@ -80,7 +80,8 @@ def _reason(
         return f"{sentence}."
     if reference.full_name in timed:
         times = timed[reference.full_name].latency_p50_ms / p50
-        sentence += f", {times:.1f} times as fast as {reference.name}"
+        alike = 0.95 < times < 1.05
+        sentence += f", {'about' if alike else f'{times:.1f} times'} as fast as {reference.name}"
     sentence += f" in {best.size_bytes / reference.size_bytes:.0%} of its size"
     return (
         f"{sentence}, with {best.flips / evaluation.rows:.1%} of {evaluation.rows:,} test rows "

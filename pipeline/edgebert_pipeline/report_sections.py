@@ -58,7 +58,7 @@ def _built(report: Report) -> str:
     models = []
     for name, model in report.models.items():
         what = [model.model_type or ""]
-        what += [] if model.layers is None else [f"{model.layers} layers"]
+        what += [] if model.layers is None else [f"{model.layers} layer{'s' * (model.layers != 1)}"]
         what += [] if model.parameters is None else [f"{model.parameters / 1e6:.1f} M parameters"]
         models.append(f"{name} ({', '.join(filter(None, what))})" if any(what) else name)
     shipped, *others = models
