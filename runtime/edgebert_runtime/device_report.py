@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 import edgebert_runtime
-from edgebert_runtime.bench import Timing, measure, spread_over_lengths
+from edgebert_runtime.bench import LatencyCell, Timing, measure, spread_over_lengths
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.classifier import Classifier
 from edgebert_runtime.condition import (
@@ -328,7 +328,7 @@ def read_device_report(data: bytes, name: str) -> DeviceReport:
 
 
 def render_device_report(report: DeviceReport) -> str:
-    """Returns the essentials, a line for each thing."""
+    """Returns the essentials, to be read on a terminal."""
     lines = []
     for item in report.variants:
         timing = item.timing
@@ -344,6 +344,7 @@ def render_device_report(report: DeviceReport) -> str:
                 f"  noisy: the rounds vary by {timing.variation:.0%}; close other programs, and "
                 "measure again"
             )
+        lines += _grid(timing.cells)
         if item.memory.process_bytes is not None:
             gpu = item.memory.gpu_bytes
             lines.append(
@@ -357,3 +358,16 @@ def render_device_report(report: DeviceReport) -> str:
             )
     lines += [f"{name} was not measured: {reason}" for name, reason in report.skipped.items()]
     return "\n".join(lines)
+
+
+def _grid(cells: Sequence[LatencyCell]) -> list[str]:
+    """Returns the medians, a line for each length, a column for each number of texts."""
+    sizes = sorted({cell.batch_size for cell in cells})
+    if not sizes:
+        return []
+    lines = ["  p50 ms of a call" + "".join(f"{f'{size} texts':>12}" for size in sizes)]
+    for length in sorted({cell.max_tokens for cell in cells}):
+        found = {cell.batch_size: cell.p50_ms for cell in cells if cell.max_tokens == length}
+        columns = "".join(f"{found[size]:>12.2f}" if size in found else " " * 12 for size in sizes)
+        lines.append(f"  {f'up to {length} tokens':<16}{columns}")
+    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ def test_without_data_the_grid_goes_up_to_the_longest_text(tmp_path, tiny_bundle
         longest = max(len(row.ids) for row in rows)
     assert timing.cells[-1].max_tokens >= longest > timing.cells[-1].max_tokens / 2
     assert report.rows_sha256 is None
+    assert re.search(r"^  p50 ms of a call +1 texts +8 texts +32 texts$", done.stdout, re.M)
+    for tokens in (16, timing.cells[-1].max_tokens):
+        (line,) = re.findall(rf"^  up to {tokens} tokens(.*)$", done.stdout, re.M)
+        of_length = [cell for cell in timing.cells if cell.max_tokens == tokens]
+        assert line.split() == [f"{cell.p50_ms:.2f}" for cell in of_length]
     assert report.variants[0].accuracy is None
 
 
