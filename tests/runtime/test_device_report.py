@@ -136,6 +136,43 @@ def test_a_fault_in_the_data_leaves_an_older_report_as_it_was(
     assert (tmp_path / "out.json").read_text() == "older"
 
 
+def test_several_bundles_are_timed_in_one_run_and_reported_on_apart(
+    tmp_path, tiny_bundles, copy_bundle, add_variant, data: Path
+) -> None:
+    other = copy_bundle()
+    add_variant(other, "other")
+    outs = [tmp_path / "a.json", tmp_path / "b.json"]
+    done = bench(
+        tiny_bundles["single"], other, "--all-variants", "--data", data,
+        "--out", outs[0], "--out", outs[1],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("round ") == 1
+    one, two = map(report_of, outs)
+    assert [v.name for v in one.variants] == ["fp32"]
+    assert [v.name for v in two.variants] == ["fp32", "other"]
+    assert one.bundle_digest != two.bundle_digest
+    assert {v.accuracy.correct for report in (one, two) for v in report.variants} == {10}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "a.json"], "give --out once for each bundle"),
+        (["--out", "a.json", "--out", "a.json"], "give --out once for each bundle"),
+        (["--json"], "--json prints one document"),
+        ([], "is for another task than"),
+    ],
+)
+def test_several_bundles_need_a_file_each_and_the_same_task(
+    tiny_bundles, options: list[str], message: str
+) -> None:
+    done = bench(tiny_bundles["single"], tiny_bundles["multi"], *options)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_one_variant_or_all() -> None:
     done = bench("bundle", "--variant", "fp32", "--all-variants")
     assert done.exit_code == 2
