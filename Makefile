@@ -22,8 +22,9 @@ $(VENV)/.installed: constraints.txt pyproject.toml runtime/pyproject.toml
 	    --editable './runtime[cpu,rtx]' --editable '.[cpu,rtx]' --group dev
 	touch $@
 
+# EXPORT="--junit gate.xml" passes options on.
 export: install
-	$(BIN)/edgebert export "$(RECIPE)" --out "$(OUT)"
+	$(BIN)/edgebert export "$(RECIPE)" --out "$(OUT)" $(EXPORT)
 
 test: install
 	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term

@@ -251,6 +251,32 @@ def evaluate(
     click.echo(msgspec.json.encode(found) if as_json else render_table(found))
 
 
+@main.command(short_help="Print the rows of a split, for a device to measure on.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--split",
+    type=click.Choice(["test", "validation", "train"]),
+    default="test",
+    show_default=True,
+)
+def rows(recipe: Path, split: str) -> None:
+    """Print the labelled rows of a split of RECIPE's data as JSON Lines.
+
+    `edgebert-rt bench BUNDLE --data FILE` takes them, so that a device is measured on the very
+    rows that the report is about.
+    """
+    from edgebert_pipeline.data import load_dataset
+    from edgebert_pipeline.recipe import load_recipe
+
+    dataset, _ = load_dataset(load_recipe(recipe).data, recipe.parent)
+    for example in getattr(dataset, split):
+        parts = (example.text,) if isinstance(example.text, str) else example.text
+        labels = [dataset.task.labels[index] for index in example.labels]
+        row = dict(zip(("text", "text_pair"), parts, strict=False))
+        label = labels if dataset.task.kind == "multi_label" else labels[0]
+        click.echo(msgspec.json.encode({**row, "label": label}))
+
+
 @main.command(short_help="Bound what a device could do with a bundle, on paper.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--device", required=True, help="Whose peak rates to take; an unknown one lists all.")

@@ -221,7 +221,8 @@ def _of_device(report: DeviceReport, path: Path, label: str) -> Source:
     for zone, after in report.temperatures_after_c.items():
         before = report.temperatures_before_c.get(zone)
         notes.append(f"{zone} {'?' if before is None else f'{before:.0f}'} to {after:.0f} °C")
-    notes += [f"{name} not measured: {reason}" for name, reason in report.skipped.items()]
+    if report.skipped:
+        notes.append(f"does not run {', '.join(report.skipped)}")
     return Source(
         label=label,
         path=str(path),
