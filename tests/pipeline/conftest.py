@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 from edgebert_export.dataset import Example
 from edgebert_export.fidelity import Budget
@@ -268,3 +272,52 @@ def made_timing(p50_ms: float, **change: Any) -> Timing:
         ),
     )
     return msgspec.structs.replace(timing, **change)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium that notes what it says and what it fetches."""
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("chromium and chromedriver are not here (apt-get install chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "window-size=1280,1000",
+    ):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options=options, service=Service(driver))
+    yield found
+    found.quit()
+
+
+@pytest.fixture
+def open_page(browser: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Returns a function that opens HTML from disk, waits for its charts, and gives the browser."""
+
+    def open_(html: str, *, width: int = 1280, dark: bool = False) -> Any:
+        path = tmp_path / "page.html"
+        path.write_text(html, encoding="utf-8")
+        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [scheme]})
+        browser.get_log("browser"), browser.get_log("performance")
+        browser.get(path.as_uri())
+        WebDriverWait(browser, 60).until(
+            lambda found: found.execute_script(
+                "return [...document.querySelectorAll('.plot')].every(p => p.querySelector('svg'))"
+            )
+        )
+        return browser
+
+    return open_

@@ -31,7 +31,6 @@
       config: look,
     };
     vegaEmbed(plot, whole, { actions: false, renderer: "svg", tooltip: { theme: "custom" } })
-      .then(() => plot.removeAttribute("aria-label"))  // Vega's own drawing has it now
       .catch((error) => {
         plot.classList.add("failed");
         plot.textContent = `This chart cannot be drawn: ${error.message}`;
@@ -87,7 +86,7 @@
       }
       form.querySelector("output").textContent = `${shown} of ${rows.length} rows`;
     };
-    form.addEventListener("input", apply);
+    for (const kind of ["input", "change"]) form.addEventListener(kind, apply);
     form.addEventListener("submit", (event) => event.preventDefault());
     form.hidden = false;
     apply();
