@@ -433,7 +433,7 @@ def _speed(found: Compared) -> Chart | None:
         "Median, 90th and 99th percentile of the latency of every variant that was timed; the "
         "figures are in the table above.",
         {
-            "height": {"step": 22},
+            "height": 22 * len(values),
             "data": {"values": values},
             "encoding": {
                 "y": y,

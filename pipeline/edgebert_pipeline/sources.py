@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -136,10 +137,11 @@ def read_sources(arguments: Sequence[str]) -> tuple[Source, ...]:
 
 def _named(argument: str) -> tuple[str, Path]:
     label, equals, file = argument.partition("=")
-    if equals and label and file and not Path(argument).exists():
-        return label, Path(file)
     path = Path(argument)
-    path = path / "report.json" if path.is_dir() else path
+    if equals and label and file and not os.path.exists(argument):  # noqa: PTH110 - any length
+        return label, Path(file)
+    if os.path.isdir(argument):  # noqa: PTH112
+        path = path / "report.json"
     stem = path.absolute().parent.name if path.name == "report.json" else path.stem
     return stem or str(path), path
 
@@ -150,8 +152,8 @@ def read_source(path: Path, label: str) -> Source:
     Raises:
         InputError: It cannot be read, or is neither.
     """
-    path = path / "report.json" if path.is_dir() else path
     try:
+        path = path / "report.json" if path.is_dir() else path
         data = path.read_bytes()
     except OSError as exc:
         raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
