@@ -22,8 +22,9 @@ $(VENV)/.installed: constraints.txt pyproject.toml runtime/pyproject.toml
 	    --editable './runtime[cpu,rtx]' --editable '.[cpu,rtx]' --group dev
 	touch $@
 
+# EXPORT="--junit gate.xml" passes options on.
 export: install
-	$(BIN)/edgebert export "$(RECIPE)" --out "$(OUT)"
+	$(BIN)/edgebert export "$(RECIPE)" --out "$(OUT)" $(EXPORT)
 
 test: install
 	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term
@@ -56,6 +57,7 @@ format: install
 
 docs: install
 	$(BIN)/edgebert recipe --reference > docs/recipe.md
+	$(BIN)/edgebert report --schema > docs/report.schema.json
 
 # Newest versions that fit, for every supported Python and platform; needs uv.
 lock:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from edgebert_export.checkpoint import Checkpoint, checkpoint_encoder, open_checkpoint
 from edgebert_export.dataset import Dataset
 from edgebert_export.to_onnx import ExportConfig, to_onnx
 from edgebert_pipeline.data import load_dataset
+from edgebert_pipeline.read_report import read_report
 from edgebert_pipeline.recipe import load_recipe
-from edgebert_pipeline.report import Report
 from edgebert_runtime.encoder import TextEncoder
 
 
@@ -28,7 +26,7 @@ class FinishedModel:
     def of(cls, recipe_path: Path, build: Path, name: str | None) -> FinishedModel:
         """Opens ``teacher``, ``student`` or ``model``; the one in the bundle if ``None``."""
         dataset, _ = load_dataset(load_recipe(recipe_path).data, recipe_path.parent)
-        report = msgspec.json.decode((build / "report.json").read_bytes(), type=Report)
+        report = read_report(build)
         name = name or next(iter(report.models))
         wanted = report.models[name].checkpoint_sha256
         found = map(open_checkpoint, (build / ".stages").glob("*/checkpoint"))

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import msgspec
 
-from edgebert_pipeline.evaluate import MODEL
 from edgebert_pipeline.markdown import table
 from edgebert_pipeline.read_rows import read_rows
 from edgebert_pipeline.recipe import RowsSource
 from edgebert_pipeline.report import Report
 from edgebert_pipeline.run import export
+from edgebert_pipeline.scores import MODEL
 
 ROWS = 6000
 KINDS = {

@@ -32,16 +32,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from contestant import Contestant, cold_start_s
 from finished_build import FinishedModel
 from limit import count_products, operations
 
 from edgebert_pipeline.build import library_versions
-from edgebert_pipeline.evaluate import TEACHER, machine
+from edgebert_pipeline.evaluate import machine
 from edgebert_pipeline.markdown import table
+from edgebert_pipeline.read_report import read_report
 from edgebert_pipeline.report import Report
+from edgebert_pipeline.scores import TEACHER
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.encoder import TextEncoder
 
@@ -452,7 +453,7 @@ def main() -> None:
     out, effort = options.out or options.build / "speed", QUICK if options.quick else FULL
     logging.disable(logging.WARNING)
     where = environment()
-    report = msgspec.json.decode((options.build / "report.json").read_bytes(), type=Report)
+    report = read_report(options.build)
     if report.task.kind != "single_label" or report.task.text_pair:
         raise SystemExit("the peers are compared on single texts with a single label")
     shipped = next(iter(report.models))

@@ -13,10 +13,10 @@ import msgspec
 
 from edgebert_pipeline import STAGES
 from edgebert_pipeline.errors import GateRefusedError, RecipeError
-from edgebert_runtime.cli import COMMANDS, CommandGroup
+from edgebert_runtime.cli import COMMANDS, CommandGroup, check_output
 
 if TYPE_CHECKING:
-    from edgebert_pipeline.evaluate import Evaluation
+    from edgebert_pipeline.scores import Evaluation
 
 __all__ = ["main"]
 
@@ -72,6 +72,7 @@ def main() -> None:
     is_flag=True,
     help="Train the student without its teacher, too, and report what the teacher was worth.",
 )
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the gate's checks here.")
 def export(
     recipe: Path,
     out: Path | None,
@@ -79,6 +80,7 @@ def export(
     force: tuple[str, ...],
     wait: bool,
     ablate: bool,
+    junit: Path | None,
 ) -> None:
     """Build what RECIPE describes: a bundle, and a report on it.
 
@@ -86,9 +88,14 @@ def export(
     """
     from edgebert_export.processes import is_leader
     from edgebert_pipeline.gate import describe_breach
-    from edgebert_pipeline.report import render_table
+    from edgebert_pipeline.junit import render_junit
+    from edgebert_pipeline.report_markdown import render_table
     from edgebert_pipeline.run import export as run
+    from edgebert_runtime.errors import InputError
 
+    check_output(junit, "--junit")
+    if junit is not None and until is not None:
+        raise InputError("--junit is for the gate, which --until leaves out")
     out = out or Path("build") / recipe.stem
     report = run(recipe, out, until=until, force=force, wait=wait, ablate=ablate)
     if not is_leader():
@@ -96,6 +103,8 @@ def export(
     if report is None:
         click.echo(f"stopped after {until}; finished stages are in {out / '.stages'}", err=True)
         return
+    if junit is not None:
+        junit.write_bytes(render_junit(report.name, report.gate))
     click.echo(render_table(report.evaluation))
     _warn_if_nothing_is_learnt(report.evaluation)
     refused = [check for check in report.gate if not check.passed]
@@ -110,7 +119,7 @@ def export(
 
 
 def _warn_if_nothing_is_learnt(evaluation: Evaluation) -> None:
-    from edgebert_pipeline.report import NOTHING_LEARNED
+    from edgebert_pipeline.wording import NOTHING_LEARNED
 
     if evaluation.learned_nothing:
         click.echo(f"warning: {NOTHING_LEARNED} ({evaluation.baseline_accuracy:.4f})", err=True)
@@ -163,7 +172,7 @@ def distill(
     """
     from edgebert_export.processes import is_leader
     from edgebert_pipeline.distill_options import recipe_for
-    from edgebert_pipeline.report import render_table
+    from edgebert_pipeline.report_markdown import render_table
     from edgebert_pipeline.run import distill_checkpoint
 
     recipe = recipe_for(
@@ -203,11 +212,11 @@ def evaluate(
 ) -> None:
     """Measure every variant of BUNDLE on the labelled rows of DATA."""
     from edgebert_pipeline.data import load_examples
-    from edgebert_pipeline.evaluate import MODEL
     from edgebert_pipeline.evaluate import evaluate as run
     from edgebert_pipeline.progress import Reporter
     from edgebert_pipeline.recipe import DataConfig, RowsSource
-    from edgebert_pipeline.report import render_table
+    from edgebert_pipeline.report_markdown import render_table
+    from edgebert_pipeline.scores import MODEL
     from edgebert_runtime.bundle import Bundle
     from edgebert_runtime.errors import InputError
 
@@ -242,6 +251,32 @@ def evaluate(
     click.echo(msgspec.json.encode(found) if as_json else render_table(found))
 
 
+@main.command(short_help="Print the rows of a split, for a device to measure on.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--split",
+    type=click.Choice(["test", "validation", "train"]),
+    default="test",
+    show_default=True,
+)
+def rows(recipe: Path, split: str) -> None:
+    """Print the labelled rows of a split of RECIPE's data as JSON Lines.
+
+    `edgebert-rt bench BUNDLE --data FILE` takes them, so that a device is measured on the very
+    rows that the report is about.
+    """
+    from edgebert_pipeline.data import load_dataset
+    from edgebert_pipeline.recipe import load_recipe
+
+    dataset, _ = load_dataset(load_recipe(recipe).data, recipe.parent)
+    for example in getattr(dataset, split):
+        parts = (example.text,) if isinstance(example.text, str) else example.text
+        labels = [dataset.task.labels[index] for index in example.labels]
+        row = dict(zip(("text", "text_pair"), parts, strict=False))
+        label = labels if dataset.task.kind == "multi_label" else labels[0]
+        click.echo(msgspec.json.encode({**row, "label": label}))
+
+
 @main.command(short_help="Bound what a device could do with a bundle, on paper.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--device", required=True, help="Whose peak rates to take; an unknown one lists all.")
@@ -270,23 +305,127 @@ def estimate(
     click.echo(msgspec.json.encode(found) if as_json else render_estimate(found))
 
 
-@main.command(short_help="Print the report of a build as Markdown.")
-@click.argument("run", type=click.Path(path_type=Path))
+@main.command(short_help="Print the report of a build as Markdown, or write it as HTML.")
+@click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def report(run: Path, as_json: bool) -> None:
-    """Print the report of a build directory RUN (or of a report.json) as Markdown."""
-    from edgebert_pipeline.report import Report, render_markdown
-    from edgebert_runtime.errors import InputError
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page to this file instead.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of report.json.")
+def report(run: Path | None, as_json: bool, html: Path | None, schema: bool) -> None:
+    """Print the report of a build directory RUN (or of a report.json) as Markdown.
 
-    path = run / "report.json" if run.is_dir() else run
-    try:
-        data = path.read_bytes()
-        found = msgspec.json.decode(data, type=Report)
-    except OSError as exc:
-        raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
-    except msgspec.DecodeError as exc:
-        raise InputError(f"{path} is not a report of this edgebert: {exc}") from exc
-    click.echo(data if as_json else render_markdown(found), nl=False)
+    Reports of older versions are read, too; --json prints them in this version's form.
+    """
+    if schema:
+        from edgebert_pipeline.report_schema import render_schema
+
+        click.echo(render_schema(), nl=False)
+        return
+    if run is None:
+        raise click.UsageError("give a build directory or a report.json, or --schema")
+    from edgebert_pipeline.read_report import read_report
+
+    check_output(html, "--html")
+    found = read_report(run)
+    if html is not None:
+        from edgebert_pipeline.report_html import render_html
+
+        html.write_text(render_html(found), encoding="utf-8")
+    elif as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        from edgebert_pipeline.report_markdown import render_markdown
+
+        click.echo(render_markdown(found), nl=False)
+
+
+@main.command(short_help="Put reports of builds and devices side by side.")
+@click.argument("reports", nargs=-1, required=True, metavar="REPORT...")
+@click.option("--baseline", help="Report to hold the others against. [default: the first]")
+@click.option(
+    "--max-accuracy-drop",
+    type=click.FloatRange(0, 1),
+    help="Most accuracy that a variant may lose against the baseline; 0.005 is half a point.",
+)
+@click.option(
+    "--max-latency-ratio",
+    type=click.FloatRange(0, min_open=True),
+    help="Highest median latency, as a multiple of the baseline's; 1.1 is a tenth more.",
+)
+@click.option(
+    "--allow-different-data",
+    is_flag=True,
+    help="Compare what was measured on different rows or texts, and say so.",
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page here.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write the checks here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def compare(
+    reports: tuple[str, ...],
+    baseline: str | None,
+    max_accuracy_drop: float | None,
+    max_latency_ratio: float | None,
+    allow_different_data: bool,
+    html: Path | None,
+    junit: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare REPORTs: build directories, report.json files, and what devices brought by bench.
+
+    Prints Markdown. A REPORT is FILE or NAME=FILE; the name is what it is called in tables. Ends
+    with exit code 3 when a variant in a bundle is past a limit.
+    """
+    from edgebert_pipeline.compare import Limits, compare_sources
+    from edgebert_pipeline.compare_report import render_compared_html, render_compared_markdown
+    from edgebert_pipeline.gate import describe_breach
+    from edgebert_pipeline.junit import render_junit
+    from edgebert_pipeline.sources import read_sources
+
+    check_output(html, "--html")
+    check_output(junit, "--junit")
+    found = compare_sources(
+        read_sources(reports),
+        baseline=baseline,
+        limits=Limits(max_accuracy_drop=max_accuracy_drop, max_latency_ratio=max_latency_ratio),
+        allow_different_data=allow_different_data,
+    )
+    if html is not None:
+        html.write_text(render_compared_html(found), encoding="utf-8")
+    if junit is not None:
+        junit.write_bytes(render_junit(f"against {found.baseline}", found.checks))
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        click.echo(render_compared_markdown(found), nl=False)
+    refused = [check for check in found.checks if not check.passed]
+    for check in refused:
+        click.echo(describe_breach(check), err=True)
+    if refused:
+        raise GateRefusedError(f"{len(refused)} checks against {found.baseline} failed")
+
+
+@main.command(short_help="Show accuracy, latency and size over many reports.")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def history(directory: Path, html: Path | None, as_json: bool) -> None:
+    """Show every report of a build or a device under DIRECTORY, in the order of measuring.
+
+    Prints Markdown. The time is the one in the report, not the file's.
+    """
+    from edgebert_pipeline.history import (
+        read_history,
+        render_history_html,
+        render_history_markdown,
+    )
+
+    check_output(html, "--html")
+    found = read_history(directory)
+    if html is not None:
+        html.write_text(render_history_html(found), encoding="utf-8")
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        click.echo(render_history_markdown(found), nl=False)
 
 
 @main.command()

@@ -10,9 +10,9 @@ from edgebert_export.dataset import Dataset
 from edgebert_export.distill import DistillationLog, DistillConfig, check_teacher, distill
 from edgebert_export.teach import open_outputs, teach
 from edgebert_pipeline.build import LOADING, TRAINING, BuildDirectory, stage_key
-from edgebert_pipeline.evaluate import HARD_LABEL, STUDENT, TEACHER
 from edgebert_pipeline.progress import Progress
 from edgebert_pipeline.report import Distillation
+from edgebert_pipeline.scores import HARD_LABEL, STUDENT, TEACHER
 
 __all__ = ["Distilled", "run_distillation"]
 

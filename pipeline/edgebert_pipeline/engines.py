@@ -20,11 +20,10 @@ from edgebert_export.engine import (
 from edgebert_export.write_bundle import EngineSource, VariantSource
 from edgebert_pipeline.build import BuildDirectory, stage_key
 from edgebert_pipeline.errors import RecipeError
-from edgebert_pipeline.markdown import table
 from edgebert_pipeline.progress import Progress
 from edgebert_runtime.manifest import Profile
 
-__all__ = ["EngineLog", "check_engines", "profiles_for", "render_engines", "run_engines"]
+__all__ = ["EngineLog", "check_engines", "profiles_for", "run_engines"]
 
 _BUILDING = (
     "edgebert_pipeline.engines",
@@ -144,35 +143,3 @@ def run_engines(
         for found in log.built
     )
     return Engines(sources, log, stage)
-
-
-def render_engines(log: EngineLog) -> str:
-    """Returns what is to be told of engines, as Markdown."""
-    shapes = [
-        (f"1 to {p.max_batch}", str(p.opt_batch), f"1 to {p.max_seq}", str(p.opt_seq))
-        for p in log.profiles
-    ]
-    parts = [
-        "Shapes that engines are built for, by the lengths of the calibration texts:",
-        table(("rows", "fastest at", "tokens", "fastest at"), shapes),
-    ]
-    if log.skipped is not None:
-        parts.append(f"No engine was built ahead of time: {log.skipped}.")
-        return "\n\n".join(parts)
-    first = log.built[0]
-    rows = [
-        (
-            found.variant,
-            f"{found.model_bytes / 1e6:.1f}",
-            f"{found.size_bytes / 1e6:.1f}",
-            f"{found.seconds:.1f}",
-            f"{found.peak_bytes / 1e6:.0f}" if found.peak_bytes else "unknown",
-        )
-        for found in log.built
-    ]
-    parts += [
-        f"Built ahead of time with TensorRT-RTX {first.version} for {first.platform}, without a "
-        "GPU; not run on one:",
-        table(("variant", "model MB", "engine MB", "seconds", "peak MB"), rows),
-    ]
-    return "\n\n".join(parts)

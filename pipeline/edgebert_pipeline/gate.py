@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from edgebert_pipeline.evaluate import TEACHER, Evaluation
 from edgebert_pipeline.recipe import GateConfig
 from edgebert_pipeline.report import GateCheck
+from edgebert_pipeline.scores import TEACHER, Evaluation
 
 __all__ = ["apply_gate", "describe_breach"]
 

@@ -1,15 +1,29 @@
-"""Markdown tables that read well on a terminal, too."""
+"""Reports as Markdown that reads well on a terminal, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
-__all__ = ["cell", "table"]
+from markupsafe import Markup
+
+from edgebert_pipeline.parts import Cell, Facts, Grid, Heading, Notice, Part, Section, Table
+
+__all__ = ["cell", "render_parts", "render_sections", "table"]
+
+
+_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+_MEANING = re.compile(r"([|*`\[])")
+
+
+def _escape(text: str) -> str:
+    """Keeps a text from being taken for HTML."""
+    return _MARKUP.sub(lambda found: {"<": "&lt;", "&": "&amp;"}[found.group()], text)
 
 
 def cell(text: str) -> str:
-    """Keeps a label or a version from breaking out of its table cell."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    """Keeps a label or a version from breaking out of its table cell, or meaning anything else."""
+    return " ".join(_escape(_MEANING.sub(r"\\\1", text)).split())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -21,3 +35,45 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def render_sections(sections: Sequence[Section]) -> str:
+    """Returns sections as Markdown: all but charts and what is folded away."""
+    return "\n\n".join(
+        f"## {cell(section.title)}\n\n{render_parts(section.parts)}" for section in sections
+    )
+
+
+def render_parts(parts: Sequence[Part]) -> str:
+    """Returns parts as Markdown: all but charts and what is folded away."""
+    return "\n\n".join(text for part in parts for text in _blocks(part))
+
+
+def _blocks(part: Part) -> Iterator[str]:
+    if isinstance(part, Markup):
+        return
+    if isinstance(part, str):
+        yield _escape(part)
+    elif isinstance(part, Heading):
+        yield f"### {cell(part.text)}"
+    elif isinstance(part, Notice):
+        yield _escape(part.text)
+    elif isinstance(part, Facts):
+        rows = [(cell(f.name), cell(f.value), _escape(f.note)) for f in part.facts]
+        yield table(("", "", ""), rows)
+    elif isinstance(part, Table):
+        if part.caption:
+            yield f"{_escape(part.caption)}:"
+        yield table(
+            [cell(column.name) for column in part.columns],
+            [[_cell(item) for item in row] for row in part.rows],
+        )
+    elif isinstance(part, Grid):
+        for inner in part.parts:
+            yield from _blocks(inner)
+
+
+def _cell(item: Cell | str) -> str:
+    if isinstance(item, str):
+        return cell(item)
+    return f"`{cell(item.text)}`" if item.mood == "code" and item.text else cell(item.text)

@@ -1,36 +1,21 @@
-"""Reads tables of rows: CSV, TSV, JSON Lines and Parquet files, and splits of hub data sets.
-
-Text files are read with the standard library, which names the line of a fault and leaves every
-value as it was written; readers that guess types turn the text "NA" into nothing.
-"""
+"""Reads tables of rows: CSV, TSV, JSON Lines and Parquet files, and splits of hub data sets."""
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from edgebert_export.errors import DataError
 from edgebert_pipeline.errors import FetchError
 from edgebert_pipeline.fetch import fetch_rows_file, reason_of, refuse_local_shadow
 from edgebert_pipeline.recipe import RowsSource
+from edgebert_runtime.errors import InputError
+from edgebert_runtime.rows import FORMATS, Row, read_text_rows
 
 __all__ = ["Row", "read_rows"]
 
-Row = tuple[str, Mapping[str, Any]]
-"""Where a row is, for messages (``reviews.csv, line 7``), and its columns."""
-
-_FORMATS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".txt": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-}
+_FORMATS = {**FORMATS, ".parquet": "parquet"}
 
 
 def read_rows(source: RowsSource, base: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -76,64 +61,14 @@ def _read_file(path: Path, source: RowsSource) -> Iterator[Row]:
         raise DataError(f"{path} is empty")
     if format_ == "parquet":
         return _read_parquet(path)
-    if format_ == "jsonl":
-        return _read_jsonl(path)
-    return _read_delimited(path, "," if format_ == "csv" else "\t", source)
+    return _read_text(path, format_, source)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Yields decoded lines, so that a fault of encoding is named by its line."""
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as exc:
-                raise DataError(
-                    f"{path.name}, line {number}, is not UTF-8 (byte {exc.object[exc.start]:#04x} "
-                    f"at column {exc.start + 1}); convert the file to UTF-8"
-                ) from exc
-            yield line
-
-
-def _read_delimited(path: Path, delimiter: str, source: RowsSource) -> Iterator[Row]:
-    csv.field_size_limit(64 * 1024 * 1024)
-    reader = csv.reader(
-        _lines(path),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if source.quoting else csv.QUOTE_NONE,
-        strict=True,
-    )
-    names = list(source.columns)
+def _read_text(path: Path, format_: str, source: RowsSource) -> Iterator[Row]:
     try:
-        for fields in reader:
-            if not fields:
-                continue
-            where = f"{path.name}, line {reader.line_num}"
-            if not names:
-                names = fields
-                if len(set(names)) != len(names):
-                    raise DataError(f"{where}: a column name is there twice")
-                continue
-            if len(fields) != len(names):
-                raise DataError(f"{where} has {len(fields)} fields, not {len(names)}")
-            yield where, dict(zip(names, fields, strict=True))
-    except csv.Error as exc:
-        mend = "; set quoting = false if quotes are part of the text" if source.quoting else ""
-        raise DataError(f"{path.name}, line {reader.line_num}: {exc}{mend}") from exc
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as exc:
-            raise DataError(f"{where} is not JSON: {exc}") from exc
-        if not isinstance(row, dict):
-            raise DataError(f"{where} is not a JSON object")
-        yield where, row
+        yield from read_text_rows(path, format_, columns=source.columns, quoting=source.quoting)
+    except InputError as exc:
+        raise DataError(str(exc)) from exc
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

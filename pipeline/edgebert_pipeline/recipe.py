@@ -38,6 +38,7 @@ __all__ = [
     "EvaluateConfig",
     "GateConfig",
     "Recipe",
+    "ReportConfig",
     "RowsSource",
     "Source",
     "check_paths",
@@ -295,6 +296,18 @@ class EvaluateConfig(_Section, frozen=True, kw_only=True):
     ] = None
 
 
+class ReportConfig(_Section, frozen=True, kw_only=True):
+    """What the report shows."""
+
+    texts: Annotated[
+        bool,
+        Meta(
+            description="Whether it holds the texts of up to 1,000 test rows that variants answer "
+            "differently; `false` where they must not leave the build."
+        ),
+    ] = True
+
+
 class GateConfig(_Section, frozen=True, kw_only=True):
     """Limits on every variant in the bundle; each is optional.
 
@@ -360,6 +373,7 @@ class Recipe(_Section, frozen=True, kw_only=True):
     engine: Annotated[EngineConfig, Meta(description="TensorRT engines.")] = EngineConfig()
     bundle: Annotated[BundleConfig, Meta(description="The bundle.")] = BundleConfig()
     evaluate: Annotated[EvaluateConfig, Meta(description="Measuring.")] = EvaluateConfig()
+    report: Annotated[ReportConfig, Meta(description="The report.")] = ReportConfig()
     gate: Annotated[GateConfig, Meta(description="Limits.")] = GateConfig()
 
     def __post_init__(self) -> None:
@@ -374,8 +388,10 @@ class Recipe(_Section, frozen=True, kw_only=True):
             raise ValueError("gate.min_accuracy_kept is for distilling; add a [distill] table")
 
     def sha256(self) -> str:
-        """Hash of what shapes the bundle: all but evaluation and gate, defaults filled in."""
-        shaping = msgspec.structs.replace(self, evaluate=EvaluateConfig(), gate=GateConfig())
+        """Hash of what shapes the bundle: no evaluation, report or gate; defaults filled in."""
+        shaping = msgspec.structs.replace(
+            self, evaluate=EvaluateConfig(), report=ReportConfig(), gate=GateConfig()
+        )
         return hashlib.sha256(msgspec.json.encode(shaping)).hexdigest()
 
 

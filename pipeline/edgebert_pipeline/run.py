@@ -26,6 +26,7 @@ from edgebert_export.thresholds import choose_thresholds
 from edgebert_export.to_onnx import OnnxModel, Parity, measure_parity, to_onnx
 from edgebert_export.training import TrainingLog, check_batch_size
 from edgebert_export.write_bundle import EngineSource, VariantSource, write_bundle
+from edgebert_pipeline.answers import with_texts
 from edgebert_pipeline.build import (
     LOADING,
     TRAINING,
@@ -39,23 +40,19 @@ from edgebert_pipeline.data import DataSummary, load_dataset
 from edgebert_pipeline.distillation import run_distillation
 from edgebert_pipeline.engines import check_engines, profiles_for, run_engines
 from edgebert_pipeline.errors import BuildError, FetchError, RecipeError
-from edgebert_pipeline.evaluate import (
-    MODEL,
-    Evaluation,
-    evaluate,
-    machine,
-)
+from edgebert_pipeline.evaluate import evaluate, machine
 from edgebert_pipeline.fetch import fetch_checkpoint
 from edgebert_pipeline.gate import apply_gate
+from edgebert_pipeline.not_done import list_not_done
 from edgebert_pipeline.progress import Progress, Reporter
 from edgebert_pipeline.quantisation import Quantisation, check_calibration, run_quantisation
 from edgebert_pipeline.recipe import GateConfig, Recipe, load_recipe
-from edgebert_pipeline.report import (
-    REPORT_VERSION,
-    ModelSummary,
-    Report,
-    render_markdown,
-)
+from edgebert_pipeline.recommend import recommend
+from edgebert_pipeline.report import REPORT_VERSION, ModelSummary, Report
+from edgebert_pipeline.report_html import render_html
+from edgebert_pipeline.report_markdown import render_markdown
+from edgebert_pipeline.scores import MODEL, Evaluation
+from edgebert_pipeline.versioned import commit_of
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cache import cache_dir
 from edgebert_runtime.device import import_onnxruntime
@@ -75,6 +72,8 @@ _SERVING = (
     "edgebert_runtime.onnx_session",
 )
 
+_REPORT_FILES = ("report.json", "report.md", "report.html")
+
 
 def export(
     recipe_path: Path,
@@ -88,8 +87,9 @@ def export(
 ) -> Report | None:
     """Builds what a recipe describes: trains, exports, quantises, bundles, measures, judges.
 
-    Writes ``report.json`` and ``report.md`` into ``out``, and ``bundle/`` if the gate passed
-    (``bundle.refused/`` if it did not; an older ``bundle/`` that passed is left alone then).
+    Writes ``report.json``, ``report.md`` and ``report.html`` into ``out``, and ``bundle/`` if the
+    gate passed (``bundle.refused/`` if it did not; an older ``bundle/`` that passed is left alone
+    then).
 
     Under ``accelerate launch``, every process trains and the leader does the rest.
 
@@ -137,7 +137,7 @@ def distill_checkpoint(
 ) -> Report | None:
     """Distils the model of ``recipe``, which is not fine-tuned, and measures the student.
 
-    Writes the student's checkpoint, ``report.json`` and ``report.md`` into ``out``.
+    Writes the student's checkpoint and the report into ``out``.
 
     Args:
         recipe: With a ``distill`` table.
@@ -324,10 +324,15 @@ def _run(
 
         stages["evaluate"] = _evaluate_stage(build, recipe, bundles, dataset)
         evaluation = build.result(stages["evaluate"], Evaluation)
+        if recipe.report.texts:
+            evaluation = with_texts(evaluation, dataset.test)
+        gate = apply_gate(evaluation, recipe.gate)
         bundle = next(iter(bundles.values()))
         report = Report(
             report_version=REPORT_VERSION,
             name=recipe.name,
+            measured_at=build.record(stages["evaluate"]).finished_at,
+            commit=commit_of(base),
             bundle_digest=bundle.digest,
             task=bundle.manifest.task,
             data=summary,
@@ -347,7 +352,16 @@ def _run(
             engines=engines.log,
             budget=recipe.quantise.budget,
             evaluation=evaluation,
-            gate=apply_gate(evaluation, recipe.gate),
+            gate=gate,
+            recommended=recommend(evaluation, gate),
+            not_done=list_not_done(
+                fine_tuned=training is not None,
+                distillation=distillation,
+                quantisation=quantisations,
+                engines=engines.log,
+                evaluation=evaluation,
+                gated=bool(gate),
+            ),
             stages={name: build.record(path) for name, path in stages.items()},
             provenance=provenance,
         )
@@ -514,8 +528,11 @@ def _evaluate_stage(
         (
             *_SERVING,
             "edgebert_pipeline.run",
+            "edgebert_pipeline.answers",
             "edgebert_pipeline.evaluate",
             "edgebert_pipeline.intervals",
+            "edgebert_pipeline.scores",
+            "edgebert_runtime.rows",
         ),
         [(name, bundle.digest) for name, bundle in bundles.items()],
         dataset.sha256("test"),
@@ -557,7 +574,7 @@ def _publish(
         elif _is_copy_of(bundle, build.path / "bundle"):  # it passed a more lenient gate once
             build.withdraw("bundle")
             reporter.line(f"{build.path / 'bundle'} is this very build: withdrawn")
-        for file in ("report.json", "report.md"):
+        for file in _REPORT_FILES:
             build.publish(partial / file, file)
 
 
@@ -575,7 +592,7 @@ def _publish_student(
         # Last comes what makes it a checkpoint: half of one and half of an older one is none.
         if not there:
             (build.path / "config.json").unlink(missing_ok=True)
-        for name in ("report.json", "report.md"):
+        for name in _REPORT_FILES:
             build.publish(partial / name, name)
         for name in sorted(() if there else CHECKPOINT_FILES, key="config.json".__eq__):
             file = checkpoint.path / name
@@ -594,6 +611,7 @@ def _write_report(directory: Path, report: Report) -> None:
     json = msgspec.json.format(msgspec.json.encode(report), indent=2)
     (directory / "report.json").write_bytes(json + b"\n")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
+    (directory / "report.html").write_text(render_html(report), encoding="utf-8")
 
 
 def _is_copy_of(bundle: Bundle, path: Path) -> bool:

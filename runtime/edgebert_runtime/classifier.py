@@ -407,6 +407,16 @@ class Classifier:
         return Prediction(labels[best], float(scores[best]), tuple(labels[i] for i in applying))
 
     @property
+    def session(self) -> Session:
+        """The loaded model, which this classifier closes."""
+        return self._session
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """What turns texts into the model's inputs."""
+        return self._encoder
+
+    @property
     def stats(self) -> Stats:
         """What this classifier has done so far; a snapshot."""
         return self._stats

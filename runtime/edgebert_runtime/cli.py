@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
 import msgspec
@@ -21,20 +21,15 @@ from edgebert_runtime.errors import EdgebertError, InputError
 from edgebert_runtime.facts import DeviceFacts, gather_facts
 from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour
 
-__all__ = ["COMMANDS", "CommandGroup", "main", "printable", "reported_errors"]
+if TYPE_CHECKING:
+    from edgebert_runtime.encoder import Text
+
+__all__ = ["COMMANDS", "CommandGroup", "check_output", "main", "printable", "reported_errors"]
 
 _STREAM_TEXTS = 256
 """Most lines of standard input that are answered together."""
 
 _CONTROL = dict.fromkeys((*range(32), *range(127, 160)), " ")
-
-_BENCH_TEXTS = (
-    "Great.",
-    "The battery lasts two days, which is more than I need.",
-    "I returned it after a week: the screen flickers and nobody answers the phone.",
-    "The plot takes its time, and for the first half hour I wondered whether anything would "
-    "happen at all; then it does, quietly, and the last scene makes you want to start again.",
-)
 
 
 class CommandGroup(click.Group):
@@ -91,6 +86,12 @@ def reported_errors(call: Callable[..., Any], *args: Any) -> Any:
 def printable(text: str) -> str:
     """Replaces control characters, which could do things to a terminal, by spaces."""
     return text.translate(_CONTROL)
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Checks, before long work, that a file can be written. Raises ``InputError``."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise InputError(f"{option} {path}: give a file in a directory that is there")
 
 
 def _bundle_argument(command: Callable[..., None]) -> Callable[..., None]:
@@ -208,60 +209,95 @@ def _decoded(raw: bytes, number: int, source: str) -> str:
         raise InputError(f"{source}, line {number}, is not UTF-8: {exc}") from exc
 
 
-@click.command(short_help="Time a bundle on this machine.")
-@_bundle_argument
+@click.command(short_help="Measure a bundle, or several, on this machine.")
+@click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
 @_session_options
-@click.option("--texts", "path", type=click.Path(), help="File with one text a line.")
+@click.option("--all-variants", is_flag=True, help="Every variant that runs here, turn by turn.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Labelled rows to count right answers on: CSV, TSV or JSON Lines with columns text and "
+    "label (and text_pair).",
+)
+@click.option("--texts", "path", type=click.Path(), help="File with one text a line, to time.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option(
+    "--out",
+    "outs",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Write the JSON document here. Given once for each BUNDLE.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON document, of one BUNDLE.")
 def bench(
-    bundle: str,
+    bundles: tuple[Path, ...],
     device: str,
     variant: str | None,
     threads: int | None,
+    all_variants: bool,
+    data: Path | None,
     path: str | None,
     repeats: int,
+    outs: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Time BUNDLE on this machine: latency of one text, and throughput of all of them."""
-    from edgebert_runtime.bench import measure
-    from edgebert_runtime.classifier import Classifier
+    """Measure each BUNDLE on this machine: latency, throughput, memory, and accuracy on --data.
 
-    lines: list[str] = []
-    if path is None:
-        lines = list(_BENCH_TEXTS) * 16
-    else:
-        try:
-            with open(path, "rb") as stream:
-                lines = [_decoded(raw, number, path) for number, raw in enumerate(stream, start=1)]
-        except OSError as exc:
-            raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
-        if not lines:
-            raise InputError(f"{path} has no text; put one on each line")
-    with Classifier.load(bundle, device=device, variant=variant, intra_op_threads=threads) as clf:
-        assert clf.choice is not None
-        name = clf.choice.variant.name
-        pairs = clf.task.text_pair
-        if pairs and path is None:
-            lines = [f"{line}\t{line}" for line in lines]
-        inputs = [_split_pair(line) if pairs else line for line in lines]
-        timing = measure({name: clf}, inputs, repeats=repeats)[name]
-        if as_json:
-            jetson = gather_facts("cpu").jetson
-            row = {
-                "variant": name,
-                "device": clf.choice.device,
-                "power_mode": jetson.power_mode if jetson else None,
-                **msgspec.to_builtins(timing),
-            }
-            click.echo(msgspec.json.encode(row))
-            return
-        click.echo(
-            f"{name} on {clf.choice.device}: p50 {timing.latency_p50_ms:.2f} ms, p99 "
-            f"{timing.latency_p99_ms:.2f} ms a text (tokenising included); "
-            f"{timing.throughput_texts_per_s:.0f} texts/s in batches of {timing.batch_size}; "
-            f"{timing.texts} texts, {timing.repeats} rounds"
-        )
+    What is timed: the lines of --texts, or up to 200 texts of --data, or sentences of edgebert's
+    own. Several bundles are timed turn by turn. `edgebert compare` takes the JSON documents.
+    """
+    from edgebert_runtime.bundle import Bundle
+    from edgebert_runtime.device_report import measure_device, render_device_report
+    from edgebert_runtime.rows import read_labelled
+
+    if all_variants and variant is not None:
+        raise InputError("give --variant or --all-variants, not both")
+    if outs and len(set(outs)) != len(bundles):
+        raise InputError(f"give --out once for each bundle, with a file for each of {len(bundles)}")
+    if as_json and len(bundles) > 1:
+        raise InputError("--json prints one document; for several bundles, give --out for each")
+    for out in outs:
+        check_output(out, "--out")
+    task = Bundle.open(bundles[0]).manifest.task
+    texts: list[Text] | None = None
+    if path is not None:
+        lines = _lines_of(path)
+        texts = [_split_pair(line) if task.text_pair else line for line in lines]
+    reports = measure_device(
+        bundles,
+        device=device,
+        variant="all" if all_variants else variant,
+        intra_op_threads=threads,
+        texts=texts,
+        rows=read_labelled(data, task) if data is not None else (),
+        repeats=repeats,
+        on_progress=lambda done, total: click.echo(f"  round {done} of {total}", err=True),
+    )
+    documents = [
+        msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n" for report in reports
+    ]
+    for out, document in zip(outs, documents, strict=False):  # if they are to be written
+        out.write_bytes(document)
+        click.echo(f"wrote {out}", err=True)
+    if as_json:
+        click.echo(documents[0], nl=False)
+        return
+    for bundle, report in zip(bundles, reports, strict=True):
+        if len(bundles) > 1:
+            click.echo(f"{printable(str(bundle))}:")
+        for line in render_device_report(report).splitlines():
+            click.echo(printable(line))
+
+
+def _lines_of(path: str) -> list[str]:
+    try:
+        with open(path, "rb") as stream:
+            lines = [_decoded(raw, number, path) for number, raw in enumerate(stream, start=1)]
+    except OSError as exc:
+        raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
+    if not lines:
+        raise InputError(f"{path} has no text; put one on each line")
+    return lines
 
 
 @click.command()

@@ -11,14 +11,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgebert_export.dataset import Dataset, text_key
 from edgebert_export.errors import DataError
+from edgebert_pipeline.cli import main
 from edgebert_pipeline.data import load_dataset
 from edgebert_pipeline.read_rows import read_rows
-from edgebert_pipeline.recipe import DataConfig, RowsSource
+from edgebert_pipeline.recipe import DataConfig, RowsSource, load_recipe
+from edgebert_runtime.rows import read_labelled
 
 LABELS = ("bad", "good")
 
@@ -298,3 +301,17 @@ def test_unlabelled_texts_that_are_all_in_other_splits_are_refused(tmp_path: Pat
     (tmp_path / "empty.csv").write_text("text\n")
     with pytest.raises(DataError, match=r"empty\.csv has no rows"):
         load_dataset(config(source, unlabelled=RowsSource(path="empty.csv")), tmp_path)
+
+
+@pytest.mark.parametrize("task", ["single", "multi", "pairs"])
+def test_a_device_gets_the_very_rows_that_the_report_is_about(
+    tmp_path: Path, write_recipe, task: str
+) -> None:
+    path = write_recipe(task)
+    done = CliRunner().invoke(main, ["rows", str(path)])
+    assert done.exit_code == 0, done.stderr
+    (tmp_path / "test.jsonl").write_text(done.stdout, encoding="utf-8")
+    dataset, _ = load_dataset(load_recipe(path).data, path.parent)
+    labels = dataset.task.labels
+    expected = [(e.text, tuple(labels[index] for index in e.labels)) for e in dataset.test]
+    assert read_labelled(tmp_path / "test.jsonl", dataset.task) == expected

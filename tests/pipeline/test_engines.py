@@ -14,7 +14,8 @@ from edgebert_export.engine import EngineConfig
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_export.write_bundle import VariantSource
 from edgebert_pipeline.engines import EngineLog, render_engines, run_engines
-from edgebert_pipeline.report import Report, render_markdown
+from edgebert_pipeline.report import Report
+from edgebert_pipeline.report_markdown import render_markdown
 from edgebert_pipeline.run import export
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.engine import bundled_keys

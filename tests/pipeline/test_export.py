@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -177,9 +178,11 @@ def test_the_gate_refuses_with_3_and_what_it_refuses_is_not_called_bundle(
     recipe, out, _ = built
     good = Bundle.open(out / "bundle").digest
     strict = write_recipe(extra="[gate]\nmin_accuracy = 1.0\nmax_size_mb = 0.001")
-    done = edgebert("export", strict, "--out", out)
+    done = edgebert("export", strict, "--out", out, "--junit", strict.with_suffix(".xml"))
     assert done.returncode == 3, done.stderr
     breaches = [line for line in done.stderr.splitlines() if line.startswith("gate: ")]
+    failures = ElementTree.parse(strict.with_suffix(".xml")).iter("failure")
+    assert [failure.get("message") for failure in failures] == breaches
     assert any(re.search(r"min_accuracy allows 1, got 0\.\d+", line) for line in breaches)
     assert any(re.search(r"int8-cpu: max_size_mb allows 0\.001, got 0\.\d+", b) for b in breaches)
     assert not (out / "bundle").exists(), "what is refused now stayed as if it had passed"

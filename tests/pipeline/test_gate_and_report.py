@@ -14,17 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from edgebert_export.dataset import Example
+from edgebert_pipeline.answers import calibration_error, reliability
 from edgebert_pipeline.cli import main
-from edgebert_pipeline.evaluate import (
-    Comparison,
-    Evaluation,
-    VariantScores,
-    calibration_error,
-    evaluate,
-)
+from edgebert_pipeline.evaluate import evaluate
 from edgebert_pipeline.gate import apply_gate, describe_breach
 from edgebert_pipeline.recipe import GateConfig
-from edgebert_pipeline.report import render_comparisons, render_table
+from edgebert_pipeline.report_markdown import render_comparisons, render_table
+from edgebert_pipeline.scores import Comparison, Evaluation, VariantScores
 from edgebert_runtime import Classifier
 from edgebert_runtime.bench import Timing
 
@@ -216,11 +212,13 @@ def test_calibration_error_is_the_mean_gap_of_confidence_and_being_right() -> No
     sure = np.array([0.99] * 10 + [0.6] * 10, dtype=np.float32)
     right = np.array([True] * 9 + [False] + [True] * 5 + [False] * 5)
     # In one bin 0.99 sure and 90 % right, in the other 0.6 and 50 %; half of the answers in each.
-    assert calibration_error(sure, right) == pytest.approx((0.09 + 0.1) / 2, abs=1e-6)
-    assert calibration_error(np.ones(4, np.float32), np.ones(4, bool)) == 0.0
+    assert calibration_error(reliability(sure, right)) == pytest.approx((0.09 + 0.1) / 2, abs=1e-6)
+    assert calibration_error(reliability(np.ones(4, np.float32), np.ones(4, bool))) == 0.0
     # 0.34 and 0.39 share a bin, where too sure and not sure enough cancel out.
     both = np.array([0.34, 0.39], dtype=np.float32)
-    assert calibration_error(both, np.array([True, False])) == pytest.approx(0.27 / 2, abs=1e-6)
+    assert calibration_error(reliability(both, np.array([True, False]))) == pytest.approx(
+        0.27 / 2, abs=1e-6
+    )
 
 
 def test_words_do_not_overclaim() -> None:
@@ -232,7 +230,7 @@ def test_words_do_not_overclaim() -> None:
     )
     found = msgspec.structs.replace(evaluation(REFERENCE), comparisons=(small, large))
     table = render_comparisons(found).splitlines()
-    assert re.search(r"\| 12 +\| 8 +\| 0.5 +\| no difference shown +\|$", table[2])
+    assert re.search(r"\| 12 +\| 8 +\| 0.5 +\| no difference shown at n = 1,000 +\|$", table[2])
     assert "-3.10%" in table[3]
     assert "shown: second is better" in table[3]
 

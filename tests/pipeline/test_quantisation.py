@@ -12,7 +12,8 @@ from typing import Any
 import onnx
 import pytest
 
-from edgebert_pipeline.report import Report, render_markdown
+from edgebert_pipeline.report import Report
+from edgebert_pipeline.report_markdown import render_markdown
 from edgebert_pipeline.run import export
 from edgebert_runtime import Classifier, InputError
 from edgebert_runtime.bundle import Bundle

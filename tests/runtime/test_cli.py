@@ -510,13 +510,15 @@ def test_bench_json_times_the_texts_of_a_file(single: Path, tmp_path: Path) -> N
     (tmp_path / "texts").write_text("one\ntwo\nba 👍\n", encoding="utf-8")
     result = call("bench", single, "--texts", tmp_path / "texts", "--repeats", 2, "--json")
     assert result.exit_code == 0
-    row = json.loads(result.stdout)
-    assert (row["variant"], row["device"]) == ("fp32", "cpu")
-    assert (row["texts"], row["repeats"]) == (3, 2)
-    assert 0 < row["latency_p50_ms"] <= row["latency_p99_ms"]
-    assert row["throughput_texts_per_s"] > 0
-    assert row["batch_size"] >= 1
-    assert row["power_mode"] is None
+    report = json.loads(result.stdout)
+    (variant,) = report["variants"]
+    assert (variant["name"], variant["device"]) == ("fp32", "cpu")
+    timing = variant["timing"]
+    assert (timing["texts"], timing["repeats"]) == (3, 2)
+    assert 0 < timing["session_p50_ms"] < timing["latency_p50_ms"] <= timing["latency_p99_ms"]
+    assert timing["throughput_texts_per_s"] > 0
+    assert timing["batch_size"] >= 1
+    assert report["facts"]["jetson"] is None
 
 
 def test_bench_takes_pairs_from_a_file(tiny_bundles: dict[str, Path], tmp_path: Path) -> None:
