@@ -71,14 +71,16 @@ class LatencyRatio(msgspec.Struct, frozen=True, kw_only=True):
         low: The fastest round over the baseline's slowest; ``None`` if rounds are not known.
         high: The slowest round over the baseline's fastest.
         same_texts: Whether both are known to have been timed on the same texts.
-        shown: Whether no round of the one is as fast as any round of the other. Rounds of one run
-            say nothing of what changes from run to run.
+        noisy: Whether the machine was noisy when either was timed.
+        shown: Whether no round of the one is as fast as any round of the other, and the machine
+            was quiet. Rounds of one run say nothing of what changes from run to run.
     """
 
     ratio: float
     low: float | None
     high: float | None
     same_texts: bool
+    noisy: bool
     shown: bool
 
 
@@ -312,12 +314,15 @@ def _latency(one: Timing | None, base: Timing | None, same_rows: bool) -> Latenc
     ):
         low = one.latency_p50_low_ms / base.latency_p50_high_ms
         high = one.latency_p50_high_ms / base.latency_p50_low_ms
+    noisy = one.noisy or base.noisy
+    apart = low is not None and high is not None and (low > 1 or high < 1)
     return LatencyRatio(
         ratio=one.latency_p50_ms / base.latency_p50_ms,
         low=low,
         high=high,
         same_texts=same_texts,
-        shown=low is not None and high is not None and (low > 1 or high < 1),
+        noisy=noisy,
+        shown=apart and not noisy,
     )
 
 

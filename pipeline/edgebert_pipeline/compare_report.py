@@ -213,7 +213,7 @@ def _latency_cells(found: LatencyRatio | None) -> list[Cell]:
         figures, words = f"{found.ratio:.2f}", "spread of the rounds unknown"
     else:
         figures = f"{found.ratio:.2f} ({found.low:.2f} to {found.high:.2f})"
-        words = "no difference shown: rounds overlap"
+        words = f"no difference shown: {'noisy' if found.noisy else 'rounds overlap'}"
     if found.shown:
         words = f"{'faster' if found.ratio < 1 else 'slower'} in every round"
     if not found.same_texts:

@@ -209,8 +209,8 @@ def _decoded(raw: bytes, number: int, source: str) -> str:
         raise InputError(f"{source}, line {number}, is not UTF-8: {exc}") from exc
 
 
-@click.command(short_help="Measure a bundle on this machine.")
-@_bundle_argument
+@click.command(short_help="Measure a bundle, or several, on this machine.")
+@click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
 @_session_options
 @click.option("--all-variants", is_flag=True, help="Every variant that runs here, turn by turn.")
 @click.option(
@@ -221,10 +221,16 @@ def _decoded(raw: bytes, number: int, source: str) -> str:
 )
 @click.option("--texts", "path", type=click.Path(), help="File with one text a line, to time.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the JSON document here.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON document.")
+@click.option(
+    "--out",
+    "outs",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Write the JSON document here. Given once for each BUNDLE.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON document, of one BUNDLE.")
 def bench(
-    bundle: str,
+    bundles: tuple[Path, ...],
     device: str,
     variant: str | None,
     threads: int | None,
@@ -232,13 +238,13 @@ def bench(
     data: Path | None,
     path: str | None,
     repeats: int,
-    out: Path | None,
+    outs: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Measure BUNDLE on this machine: latency, throughput, memory, and accuracy on --data.
+    """Measure each BUNDLE on this machine: latency, throughput, memory, and accuracy on --data.
 
     What is timed: the lines of --texts, or up to 200 texts of --data, or sentences of edgebert's
-    own. The JSON document is what `edgebert compare` takes.
+    own. Several bundles are timed turn by turn. `edgebert compare` takes the JSON documents.
     """
     from edgebert_runtime.bundle import Bundle
     from edgebert_runtime.device_report import measure_device, render_device_report
@@ -246,14 +252,19 @@ def bench(
 
     if all_variants and variant is not None:
         raise InputError("give --variant or --all-variants, not both")
-    check_output(out, "--out")
-    task = Bundle.open(bundle).manifest.task
+    if outs and len(set(outs)) != len(bundles):
+        raise InputError(f"give --out once for each bundle, with a file for each of {len(bundles)}")
+    if as_json and len(bundles) > 1:
+        raise InputError("--json prints one document; for several bundles, give --out for each")
+    for out in outs:
+        check_output(out, "--out")
+    task = Bundle.open(bundles[0]).manifest.task
     texts: list[Text] | None = None
     if path is not None:
         lines = _lines_of(path)
         texts = [_split_pair(line) if task.text_pair else line for line in lines]
-    report = measure_device(
-        Path(bundle),
+    reports = measure_device(
+        bundles,
         device=device,
         variant="all" if all_variants else variant,
         intra_op_threads=threads,
@@ -262,16 +273,20 @@ def bench(
         repeats=repeats,
         on_progress=lambda done, total: click.echo(f"  round {done} of {total}", err=True),
     )
-    document = msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
-    if out is not None:
+    documents = [
+        msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n" for report in reports
+    ]
+    for out, document in zip(outs, documents, strict=False):  # if they are to be written
         out.write_bytes(document)
         click.echo(f"wrote {out}", err=True)
-    click.echo(
-        document
-        if as_json
-        else "\n".join(map(printable, render_device_report(report).splitlines())),
-        nl=not as_json,
-    )
+    if as_json:
+        click.echo(documents[0], nl=False)
+        return
+    for bundle, report in zip(bundles, reports, strict=True):
+        if len(bundles) > 1:
+            click.echo(f"{printable(str(bundle))}:")
+        for line in render_device_report(report).splitlines():
+            click.echo(printable(line))
 
 
 def _lines_of(path: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 import edgebert_runtime
-from edgebert_runtime.bench import Timing, measure, spread_over_lengths
+from edgebert_runtime.bench import LatencyCell, Timing, measure, spread_over_lengths
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.classifier import Classifier
 from edgebert_runtime.condition import (
@@ -27,6 +28,7 @@ from edgebert_runtime.condition import (
     resident_bytes,
     temperatures_c,
 )
+from edgebert_runtime.device import Choice
 from edgebert_runtime.encoder import Text
 from edgebert_runtime.errors import DeviceError, InputError
 from edgebert_runtime.facts import DeviceFacts, gather_facts
@@ -154,7 +156,7 @@ class DeviceReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_device(
-    path: Path,
+    paths: Sequence[Path],
     *,
     device: str = "auto",
     variant: str | Literal["all"] | None = None,
@@ -163,11 +165,11 @@ def measure_device(
     rows: Sequence[Labelled] = (),
     repeats: int = 5,
     on_progress: Callable[[int, int], None] | None = None,
-) -> DeviceReport:
-    """Measures a bundle on this machine.
+) -> list[DeviceReport]:
+    """Measures bundles on this machine, turn by turn, so that its moods are the same to all.
 
     Args:
-        path: The bundle.
+        paths: Bundles for the same task, at least one.
         device: As for ``Classifier.load``.
         variant: The only one to measure, or ``all`` that run here; the best if ``None``.
         intra_op_threads: As for ``Classifier.load``.
@@ -177,84 +179,132 @@ def measure_device(
         repeats: Rounds of timing.
         on_progress: Called with rounds done and rounds in all.
 
+    Returns:
+        A report on each bundle.
+
     Raises:
-        BundleError: The bundle is damaged, unsafe or unknown, or has no such variant.
+        BundleError: A bundle is damaged, unsafe or unknown, or has no such variant.
         DeviceError: The device cannot be used.
         InputError: An argument is wrong.
     """
-    bundle = Bundle.open(path)
-    manifest = bundle.manifest
-    before, started = temperatures_c(), datetime.now(timezone.utc)
+    bundles = [Bundle.open(path) for path in paths]
+    task = bundles[0].manifest.task
+    for bundle in bundles:
+        other = bundle.manifest.task
+        if (other.kind, set(other.labels), other.text_pair) != (
+            task.kind, set(task.labels), task.text_pair,
+        ):  # fmt: skip
+            raise InputError(f"{bundle.path} is for another task than {bundles[0].path}")
     grid: Sequence[Text] | None = None
     if texts is None and rows:
         texts = spread_over_lengths([text for text, _ in rows], _TIMED_ROWS)
     elif texts is None:
-        texts, grid = own_texts(manifest.task, manifest.max_length)
-    wanted: Sequence[str | None] = [variant]
-    if variant == "all":
-        wanted = [item.name for item in manifest.variants]
-    skipped: dict[str, str] = {}
-    loaded: dict[str, Classifier] = {}
-    memory: dict[str, Memory] = {}
+        longest = max(bundle.manifest.max_length for bundle in bundles)
+        texts, grid = own_texts(task, longest)
+    temperatures, started = temperatures_c(), datetime.now(timezone.utc)
     with ExitStack() as stack:
-        for name in wanted:
-            free = _free_gpu_bytes(), resident_bytes()
-            try:
-                found = Classifier.load(
-                    path, device=device, variant=name, intra_op_threads=intra_op_threads
-                )
-            except (DeviceError, InputError) as exc:
-                if variant != "all":
-                    raise
-                assert name is not None
-                skipped[name] = str(exc)
-                continue
-            stack.enter_context(found)
-            assert found.choice is not None
-            found.predict(texts[:1])
-            loaded[found.choice.variant.name] = found
-            memory[found.choice.variant.name] = Memory(
-                process_bytes=_difference(resident_bytes(), free[1]),
-                gpu_bytes=_difference(free[0], _free_gpu_bytes()),
-            )
-        if not loaded:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-            raise DeviceError(f"no variant of this bundle runs here: {reasons}")
-        accuracy = {name: _accuracy(found, rows) for name, found in loaded.items()}
-        timings = measure(loaded, texts, repeats=repeats, grid_texts=grid, on_progress=on_progress)
-        sizes = {entry.path: entry.size_bytes for entry in manifest.files}
-        variants = []
-        for name, found in loaded.items():
-            assert found.choice is not None
-            variants.append(
-                DeviceVariant(
-                    name=name,
-                    precision=found.choice.variant.precision,
-                    device=found.choice.device,
-                    size_bytes=sizes[found.choice.variant.model],
-                    timing=timings[name],
-                    memory=memory[name],
-                    accuracy=accuracy[name],
-                )
-            )
+        loaded: list[_Loaded] = []
+        skipped: list[dict[str, str]] = []
+        for bundle in bundles:
+            found, reasons = _load(bundle, device, variant, intra_op_threads, texts[0])
+            for item in found:
+                stack.enter_context(item.classifier)
+            loaded += found
+            skipped.append(reasons)
+        accuracies = [_accuracy(item.classifier, rows) for item in loaded]
+        timings = measure(
+            {str(number): item.classifier for number, item in enumerate(loaded)},
+            texts,
+            repeats=repeats,
+            grid_texts=grid,
+            on_progress=on_progress,
+        )
+        variants = [
+            _variant(item, timings[str(number)], accuracy)
+            for number, (item, accuracy) in enumerate(zip(loaded, accuracies, strict=True))
+        ]
     facts = gather_facts(look_for_gpu=any(item.device != "cpu" for item in variants))
-    return DeviceReport(
-        device_report_version=DEVICE_REPORT_VERSION,
-        name=manifest.name,
-        bundle_digest=bundle.digest,
-        task=manifest.task,
-        measured_at=started.isoformat(timespec="seconds"),
-        variants=tuple(variants),
-        skipped=skipped,
-        rows_sha256=rows_sha256(rows) if rows else None,
-        intra_op_threads=intra_op_threads,
-        facts=facts,
-        board=board_name(),
-        processor=processor_name(),
-        clock_governor=clock_governor(),
-        temperatures_before_c=before,
-        temperatures_after_c=temperatures_c(),
-        environment=_environment(facts),
+    return [
+        DeviceReport(
+            device_report_version=DEVICE_REPORT_VERSION,
+            name=bundle.manifest.name,
+            bundle_digest=bundle.digest,
+            task=bundle.manifest.task,
+            measured_at=started.isoformat(timespec="seconds"),
+            variants=tuple(
+                variant
+                for item, variant in zip(loaded, variants, strict=True)
+                if item.bundle is bundle
+            ),
+            skipped=reasons,
+            rows_sha256=rows_sha256(rows) if rows else None,
+            intra_op_threads=intra_op_threads,
+            facts=facts,
+            board=board_name(),
+            processor=processor_name(),
+            clock_governor=clock_governor(),
+            temperatures_before_c=temperatures,
+            temperatures_after_c=temperatures_c(),
+            environment=_environment(facts),
+        )
+        for bundle, reasons in zip(bundles, skipped, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A variant of a bundle, ready to answer."""
+
+    bundle: Bundle
+    classifier: Classifier
+    choice: Choice
+    memory: Memory
+
+
+def _load(
+    bundle: Bundle, device: str, variant: str | None, intra_op_threads: int | None, text: Text
+) -> tuple[list[_Loaded], dict[str, str]]:
+    """Loads what is to be measured of a bundle; returns what does not run here, too, and why."""
+    names: Sequence[str | None] = [variant]
+    if variant == "all":
+        names = [item.name for item in bundle.manifest.variants]
+    loaded: list[_Loaded] = []
+    skipped: dict[str, str] = {}
+    for name in names:
+        free, resident = _free_gpu_bytes(), resident_bytes()
+        try:
+            classifier = Classifier.load(
+                bundle.path, device=device, variant=name, intra_op_threads=intra_op_threads
+            )
+        except (DeviceError, InputError) as exc:
+            if variant != "all":
+                raise
+            skipped[str(name)] = str(exc)
+            continue
+        classifier.predict([text])
+        assert classifier.choice is not None
+        memory = Memory(
+            process_bytes=_difference(resident_bytes(), resident),
+            gpu_bytes=_difference(free, _free_gpu_bytes()),
+        )
+        loaded.append(_Loaded(bundle, classifier, classifier.choice, memory))
+    if not loaded:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise DeviceError(f"no variant of {bundle.path} runs here: {reasons}")
+    return loaded, skipped
+
+
+def _variant(item: _Loaded, timing: Timing, accuracy: Accuracy | None) -> DeviceVariant:
+    sizes = {entry.path: entry.size_bytes for entry in item.bundle.manifest.files}
+    variant = item.choice.variant
+    return DeviceVariant(
+        name=variant.name,
+        precision=variant.precision,
+        device=item.choice.device,
+        size_bytes=sizes[variant.model],
+        timing=timing,
+        memory=item.memory,
+        accuracy=accuracy,
     )
 
 
@@ -292,7 +342,7 @@ def _accuracy(classifier: Classifier, rows: Sequence[Labelled]) -> Accuracy | No
 
 
 def _free_gpu_bytes() -> int | None:
-    gpu = gather_facts().gpu
+    gpu = gather_facts(look_for_gpu=True).gpu
     return None if gpu is None else gpu.free_bytes
 
 
@@ -328,7 +378,7 @@ def read_device_report(data: bytes, name: str) -> DeviceReport:
 
 
 def render_device_report(report: DeviceReport) -> str:
-    """Returns the essentials, a line for each thing."""
+    """Returns the essentials, to be read on a terminal."""
     lines = []
     for item in report.variants:
         timing = item.timing
@@ -344,6 +394,7 @@ def render_device_report(report: DeviceReport) -> str:
                 f"  noisy: the rounds vary by {timing.variation:.0%}; close other programs, and "
                 "measure again"
             )
+        lines += _grid(timing.cells)
         if item.memory.process_bytes is not None:
             gpu = item.memory.gpu_bytes
             lines.append(
@@ -357,3 +408,16 @@ def render_device_report(report: DeviceReport) -> str:
             )
     lines += [f"{name} was not measured: {reason}" for name, reason in report.skipped.items()]
     return "\n".join(lines)
+
+
+def _grid(cells: Sequence[LatencyCell]) -> list[str]:
+    """Returns the medians, a line for each length, a column for each number of texts."""
+    sizes = sorted({cell.batch_size for cell in cells})
+    if not sizes:
+        return []
+    lines = ["  p50 ms of a call" + "".join(f"{f'{size} texts':>12}" for size in sizes)]
+    for length in sorted({cell.max_tokens for cell in cells}):
+        found = {cell.batch_size: cell.p50_ms for cell in cells if cell.max_tokens == length}
+        columns = "".join(f"{found[size]:>12.2f}" if size in found else " " * 12 for size in sizes)
+        lines.append(f"  {f'up to {length} tokens':<16}{columns}")
+    return lines

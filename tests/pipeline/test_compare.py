@@ -145,6 +145,18 @@ def test_noisy_measurements_and_other_machines_are_told(write) -> None:
     assert "b (int8-cpu, 20%)" in warnings
 
 
+def test_a_noisy_machine_shows_no_difference_in_speed(write) -> None:
+    one, other = write("a"), write("b", p50_ms={"fp32": 3.0, "int8-cpu": 3.0})
+    report = json.loads(other.read_bytes())
+    report["evaluation"]["variants"][0]["timing"] |= {"noisy": True, "variation": 0.2}
+    other.write_text(json.dumps(report))
+    shown = {d.variant: d.latency.shown for d in found(run(one, other, "--json")).differences}
+    assert shown == {"int8-cpu": False, "fp32": True}
+    assert "no difference shown: noisy" in run(one, other).stdout
+    # A limit is on what was measured, all the same.
+    assert run(one, other, "--max-latency-ratio", 2).exit_code == 3
+
+
 # what is refused
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ def test_without_data_the_grid_goes_up_to_the_longest_text(tmp_path, tiny_bundle
         longest = max(len(row.ids) for row in rows)
     assert timing.cells[-1].max_tokens >= longest > timing.cells[-1].max_tokens / 2
     assert report.rows_sha256 is None
+    assert re.search(r"^  p50 ms of a call +1 texts +8 texts +32 texts$", done.stdout, re.M)
+    for tokens in (16, timing.cells[-1].max_tokens):
+        (line,) = re.findall(rf"^  up to {tokens} tokens(.*)$", done.stdout, re.M)
+        of_length = [cell for cell in timing.cells if cell.max_tokens == tokens]
+        assert line.split() == [f"{cell.p50_ms:.2f}" for cell in of_length]
     assert report.variants[0].accuracy is None
 
 
@@ -128,6 +134,43 @@ def test_a_fault_in_the_data_leaves_an_older_report_as_it_was(
     assert done.exit_code == 2
     assert "rows.jsonl, line 13: label 'maybe' is not one of the bundle's" in done.stderr
     assert (tmp_path / "out.json").read_text() == "older"
+
+
+def test_several_bundles_are_timed_in_one_run_and_reported_on_apart(
+    tmp_path, tiny_bundles, copy_bundle, add_variant, data: Path
+) -> None:
+    other = copy_bundle()
+    add_variant(other, "other")
+    outs = [tmp_path / "a.json", tmp_path / "b.json"]
+    done = bench(
+        tiny_bundles["single"], other, "--all-variants", "--data", data,
+        "--out", outs[0], "--out", outs[1],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("round ") == 1
+    one, two = map(report_of, outs)
+    assert [v.name for v in one.variants] == ["fp32"]
+    assert [v.name for v in two.variants] == ["fp32", "other"]
+    assert one.bundle_digest != two.bundle_digest
+    assert {v.accuracy.correct for report in (one, two) for v in report.variants} == {10}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "a.json"], "give --out once for each bundle"),
+        (["--out", "a.json", "--out", "a.json"], "give --out once for each bundle"),
+        (["--json"], "--json prints one document"),
+        ([], "is for another task than"),
+    ],
+)
+def test_several_bundles_need_a_file_each_and_the_same_task(
+    tiny_bundles, options: list[str], message: str
+) -> None:
+    done = bench(tiny_bundles["single"], tiny_bundles["multi"], *options)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_one_variant_or_all() -> None:
