@@ -25,14 +25,14 @@ from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour
 if TYPE_CHECKING:
     from edgebert_runtime.manifest import Tuning
 
-__all__ = ["COMMANDS", "CommandGroup", "main", "printable", "reported_errors"]
+__all__ = ["BENCH_TEXTS", "COMMANDS", "CommandGroup", "main", "printable", "reported_errors"]
 
 _STREAM_TEXTS = 256
 """Most lines of standard input that are answered together."""
 
 _CONTROL = dict.fromkeys((*range(32), *range(127, 160)), " ")
 
-_BENCH_TEXTS = (
+BENCH_TEXTS = (
     "Great.",
     "The battery lasts two days, which is more than I need.",
     "I returned it after a week: the screen flickers and nobody answers the phone.",
@@ -233,7 +233,7 @@ def bench(
 
     lines: list[str] = []
     if path is None:
-        lines = list(_BENCH_TEXTS) * 16
+        lines = list(BENCH_TEXTS) * 16
     else:
         try:
             with open(path, "rb") as stream:
