@@ -2,6 +2,9 @@
 
 All take turns, round by round, and what counts is the ratio within a round: a machine whose speed
 drifts slows all of them alike. A difference counts if it is larger than what the rounds differ by.
+
+Each turn begins with a rest. ONNX Runtime's threads go on looking for work for some 50 ms after the
+last call, and whoever comes next would share the cores with those of the one before.
 """
 
 from __future__ import annotations
@@ -11,24 +14,25 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import msgspec
 
 from edgebert_pipeline.progress import Progress
-from edgebert_runtime.bench import Timing, measure
 from edgebert_runtime.classifier import Classifier, CpuSettings
 from edgebert_runtime.encoder import Text, TextEncoder
 from edgebert_runtime.manifest import Task
 from edgebert_runtime.onnx_session import OnnxSession
 from edgebert_runtime.session import Inputs, Outputs, Session
 
-__all__ = ["Gain", "Goal", "Runner", "call_tokens", "ratios", "speed_ratio", "time_rounds", "times"]
+__all__ = ["Gain", "Goal", "Runner", "Speed", "call_tokens", "time_rounds", "times"]
 
 Goal = Literal["both", "latency", "throughput"]
 
 _LEAST_GAIN = 0.02
-_CALLS, _WARMUP_CALLS = 30, 3
+_CALLS = 30
+_REST_S = 0.1
 _MOST_CALL_TOKENS = 2048
 
 
@@ -116,44 +120,91 @@ class Runner:
         self._on_one_core.close()
 
 
+class Speed(msgspec.Struct, frozen=True, kw_only=True):
+    """What one turn of a classifier came to, tokenising and labelling included.
+
+    Attributes:
+        latency_p50_ms: Median over texts, one text a call.
+        throughput_texts_per_s: Many texts in one call.
+    """
+
+    latency_p50_ms: float
+    throughput_texts_per_s: float
+
+    def ratios(self, other: Speed) -> tuple[float, float]:
+        """How many times as fast this is as another: for one text, and for many."""
+        return (
+            other.latency_p50_ms / self.latency_p50_ms,
+            self.throughput_texts_per_s / other.throughput_texts_per_s,
+        )
+
+    def ratio(self, other: Speed, goal: Goal) -> float:
+        """How many times as fast this is, by a goal; for both, their geometric mean."""
+        latency, throughput = self.ratios(other)
+        if goal == "both":
+            return math.sqrt(latency * throughput)
+        return latency if goal == "latency" else throughput
+
+
 def time_rounds(
-    classifiers: Mapping[str, Classifier], texts: Sequence[Text], rounds: int, progress: Progress
-) -> list[dict[str, Timing]]:
-    """Times classifiers in turns, each round on its own: one text a call, and all in one call."""
-    found = []
-    for done in range(1, rounds + 1):
-        found.append(measure(classifiers, texts, repeats=1))
-        progress(done, rounds)
-    return found
+    classifiers: Mapping[str, Classifier],
+    single: Sequence[Text],
+    many: Sequence[Text],
+    rounds: int,
+    progress: Progress,
+) -> list[dict[str, Speed]]:
+    """Times classifiers in turns, after a round that does not count.
+
+    Args:
+        classifiers: By name.
+        single: Texts to label one by one.
+        many: Texts to label in one call.
+        rounds: How many.
+        progress: Called with rounds done and rounds in all.
+    """
+
+    found: list[dict[str, Speed]] = []
+    for round_ in range(rounds + 1):
+        row: dict[str, Speed] = {}
+        for name, classifier in classifiers.items():
+            time.sleep(_REST_S)
+            latency = statistics.median(
+                _seconds(partial(classifier.predict, [text])) for text in single
+            )
+            time.sleep(_REST_S)
+            whole = _seconds(partial(classifier.predict, many))
+            row[name] = Speed(
+                latency_p50_ms=1000 * latency, throughput_texts_per_s=len(many) / whole
+            )
+        found.append(row)
+        progress(round_, rounds)
+    return found[1:]
 
 
-def ratios(one: Timing, other: Timing) -> tuple[float, float]:
-    """How many times as fast one was as the other: for one text, and for many."""
-    return (
-        other.latency_p50_ms / one.latency_p50_ms,
-        one.throughput_texts_per_s / other.throughput_texts_per_s,
-    )
-
-
-def speed_ratio(one: Timing, other: Timing, goal: Goal) -> float:
-    """How many times as fast one was as the other, by a goal; for both, their geometric mean."""
-    latency, throughput = ratios(one, other)
-    if goal == "both":
-        return math.sqrt(latency * throughput)
-    return latency if goal == "latency" else throughput
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def times(
-    calls: Sequence[Callable[[], object]], rounds: int, progress: Progress
+    calls: Sequence[Callable[[], object]], rounds: int, progress: Progress, *, rest: bool = True
 ) -> list[list[float]]:
-    """Returns seconds of each call in each round, after a round that does not count."""
+    """Returns seconds of each call in each round, after a round that does not count.
+
+    Args:
+        calls: In turns.
+        rounds: How many.
+        progress: Called with rounds done and rounds in all.
+        rest: Whether a call is of another session than the one before.
+    """
     found: list[list[float]] = []
     for round_ in range(rounds + 1):
         row = []
         for call in calls:
-            start = time.perf_counter()
-            call()
-            row.append(time.perf_counter() - start)
+            if rest:
+                time.sleep(_REST_S)
+            row.append(_seconds(call))
         found.append(row)
         progress(round_, rounds)
     return found[1:]
@@ -175,8 +226,9 @@ def call_tokens(session: Session, row: Inputs) -> int | None:
     longest = int(next(iter(row.values())).shape[1])
     lengths = (max(1, longest // 8), longest)
     cut = [{name: array[:, :length].copy() for name, array in row.items()} for length in lengths]
-    calls = [lambda inputs=inputs: session.run(inputs) for inputs in cut]
-    rounds = times(calls, _CALLS, lambda done, total: None)
+    calls = [partial(session.run, inputs) for inputs in cut]
+    time.sleep(_REST_S)
+    rounds = times(calls, _CALLS, lambda done, total: None, rest=False)
     short, long = (statistics.median(row[which] for row in rounds) for which in (0, 1))
     if lengths[0] == lengths[1] or long <= short:
         return None

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,7 @@ from edgebert_export.fidelity import Budget, Fidelity, Judge
 from edgebert_export.tuned_bundle import Replacing, bring_back, write_tuned
 from edgebert_pipeline.errors import BuildError
 from edgebert_pipeline.progress import Reporter
-from edgebert_pipeline.race import (
-    Gain,
-    Goal,
-    Runner,
-    call_tokens,
-    ratios,
-    speed_ratio,
-    time_rounds,
-    times,
-)
-from edgebert_runtime.bench import Timing
+from edgebert_pipeline.race import Gain, Goal, Runner, Speed, call_tokens, time_rounds, times
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.classifier import CpuSettings, encoder_for, tuning_for
 from edgebert_runtime.encoder import Text
@@ -49,7 +40,7 @@ from edgebert_runtime.processor import processor_kind, usable_cores
 __all__ = ["SettingsTrial", "Trial", "Tuned", "open_to_tune", "tune"]
 
 _ROUNDS, _FINAL_ROUNDS = 5, 9
-_SINGLE_TEXTS, _MANY_TEXTS = 200, 1024
+_SINGLE_TEXTS, _MANY_TEXTS = 100, 1024
 _BATCH_TOKENS = (128, 256, 512, 1024, 2048)
 
 
@@ -254,12 +245,12 @@ class _Run:
             winner = self._best_model()
             trials = [] if self._goal == "latency" else self._time_settings(runners[winner])
             settings = _best_settings(trials) or self._settings_today
-            rounds: list[dict[str, Timing]] = []
+            rounds: list[dict[str, Speed]] = []
             if (winner, settings) != (self._today, self._settings_today):
                 rounds = self._final_rounds(runners, winner, settings)
         final = None
         if rounds:
-            final = Gain.of([speed_ratio(r["new"], r["old"], self._goal) for r in rounds])
+            final = Gain.of([r["new"].ratio(r["old"], self._goal) for r in rounds])
             if not final.shown and self._fits(self._today):
                 winner, settings, rounds = self._today, self._settings_today, []
         return Tuned(
@@ -365,15 +356,15 @@ class _Run:
                 name: stack.enter_context(runner.classifier(self._settings_today))
                 for name, runner in runners.items()
             }
-            rounds = time_rounds(classifiers, self._texts, _ROUNDS, progress)
+            rounds = time_rounds(classifiers, self._texts, self._many, _ROUNDS, progress)
         for name in runners:
             self._trials[name] = msgspec.structs.replace(
                 self._trials[name],
-                latency_p50_ms=_median(rounds, name, lambda timing: timing.latency_p50_ms),
+                latency_p50_ms=_median(rounds, name, lambda speed: speed.latency_p50_ms),
                 throughput_texts_per_s=_median(
-                    rounds, name, lambda timing: timing.throughput_texts_per_s
+                    rounds, name, lambda speed: speed.throughput_texts_per_s
                 ),
-                gain=Gain.of([speed_ratio(r[name], r[self._today], self._goal) for r in rounds]),
+                gain=Gain.of([r[name].ratio(r[self._today], self._goal) for r in rounds]),
             )
 
     def _best_model(self) -> str:
@@ -399,7 +390,7 @@ class _Run:
         what = f"{len(trials)} ways to compute many texts, {_ROUNDS} rounds"
         with self._reporter.stage("settings", what) as progress, ExitStack() as stack:
             everyone = [stack.enter_context(runner.classifier(settings)) for settings in trials]
-            calls = [lambda one=one: one.predict(self._many) for one in everyone]
+            calls = [partial(classifier.predict, self._many) for classifier in everyone]
             rounds = times(calls, _ROUNDS, progress)
         return [
             SettingsTrial(
@@ -419,20 +410,22 @@ class _Run:
 
     def _final_rounds(
         self, runners: Mapping[str, Runner], winner: str, settings: CpuSettings
-    ) -> list[dict[str, Timing]]:
+    ) -> list[dict[str, Speed]]:
         what = f"{winner} against today's {self._today}, {_FINAL_ROUNDS} rounds"
         with (
             self._reporter.stage("final", what) as progress,
             runners[winner].classifier(settings) as new,
             runners[self._today].classifier(self._settings_today) as old,
         ):
-            return time_rounds({"new": new, "old": old}, self._texts, _FINAL_ROUNDS, progress)
+            return time_rounds(
+                {"new": new, "old": old}, self._texts, self._many, _FINAL_ROUNDS, progress
+            )
 
     def _tuning(
-        self, winner: str, settings: CpuSettings, rounds: Sequence[Mapping[str, Timing]]
+        self, winner: str, settings: CpuSettings, rounds: Sequence[Mapping[str, Speed]]
     ) -> Tuning:
         fidelity = self._trials[winner].fidelity
-        worth = [ratios(round_["new"], round_["old"]) for round_ in rounds] or [(1.0, 1.0)]
+        worth = [round_["new"].ratios(round_["old"]) for round_ in rounds] or [(1.0, 1.0)]
         return Tuning(
             processor=processor_kind(),
             cores=self._cores,
@@ -463,7 +456,7 @@ def _best_settings(trials: Sequence[SettingsTrial]) -> CpuSettings | None:
 
 
 def _median(
-    rounds: Sequence[Mapping[str, Timing]], name: str, of: Callable[[Timing], float]
+    rounds: Sequence[Mapping[str, Speed]], name: str, of: Callable[[Speed], float]
 ) -> float:
     return statistics.median(of(round_[name]) for round_ in rounds)
 
