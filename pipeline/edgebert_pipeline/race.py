@@ -162,7 +162,6 @@ def time_rounds(
         rounds: How many.
         progress: Called with rounds done and rounds in all.
     """
-
     found: list[dict[str, Speed]] = []
     for round_ in range(rounds + 1):
         row: dict[str, Speed] = {}
