@@ -112,21 +112,20 @@ class Replacing:
         parent, prefix = self._target.parent, self._aside.name.removesuffix("aside")
         self._lock = filelock.FileLock(parent / f"{prefix}lock")
         try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout as exc:
-            raise InputError(f"{target} is being tuned by another run; wait for its end") from exc
-        except OSError as exc:
-            raise InputError(_unwritable(target, exc)) from exc
-        try:
-            bring_back(self._target)
-            for left in parent.iterdir():
-                if left.name.startswith(prefix) and left.is_dir():
-                    shutil.rmtree(left)
             self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             self.directory.chmod(0o755)
+            self._lock.acquire(timeout=0)
+            bring_back(self._target)
+            for left in parent.iterdir():
+                if left.name.startswith(prefix) and left.is_dir() and left != self.directory:
+                    shutil.rmtree(left)
+        except filelock.Timeout as exc:
+            self.directory.rmdir()
+            raise InputError(f"{target} is being tuned by another run; wait for its end") from exc
         except OSError as exc:
-            self._release()
-            raise InputError(_unwritable(target, exc)) from exc
+            raise InputError(
+                f"{target} cannot be written: {exc.strerror}; give another place with --out"
+            ) from exc
 
     def publish(self) -> None:
         """Puts what was written into its place; what was there is removed.
@@ -158,19 +157,12 @@ class Replacing:
         traceback: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
-        self._release()
-
-    def _release(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
 
 def _aside(target: Path) -> Path:
     return target.parent / f".{target.name}.tuning-aside"
-
-
-def _unwritable(target: Path, exc: OSError) -> str:
-    return f"{target} cannot be written: {exc.strerror}; give another place with --out"
 
 
 def _exchange(one: Path, other: Path) -> bool:
