@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from edgebert_export.errors import ExportError, ModelError
 from edgebert_runtime.engine import unusable
-from edgebert_runtime.errors import BundleError, EdgebertError
+from edgebert_runtime.errors import EdgebertError, ModelRefusedError
 from edgebert_runtime.facts import gather_facts
 from edgebert_runtime.manifest import Profile
 from edgebert_runtime.profiles import profiles_of
@@ -212,7 +212,7 @@ def _serve() -> None:
             )
         Path(request.out).write_bytes(built.engine)
     except (EdgebertError, OSError) as exc:
-        tell(_Answer(error=str(exc), refused=isinstance(exc, BundleError)))
+        tell(_Answer(error=str(exc), refused=isinstance(exc, ModelRefusedError)))
         return
     tell(_Answer(seconds=built.seconds, peak_bytes=_peak_bytes()))
 

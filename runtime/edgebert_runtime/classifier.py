@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from edgebert_runtime.tensorrt_session import TensorRTSession
 
 __all__ = ["Classifier", "CpuSettings", "Prediction", "Stats"]
+
+_T = TypeVar("_T")
 
 _CHUNK_TEXTS = 1024
 """Texts that are tokenised and sorted by length at a time, so that memory stays bounded."""
@@ -214,10 +216,15 @@ class Classifier:
         for reason in choice.faults:
             _warn("running %s on %s: %s", choice.variant.name, choice.device, reason)
 
+        first = choice.variant.model
+        model = None if choice.engine else _Background(functools.partial(bundle.read, first))
+        encoder = encoder_for(bundle)  # while the model is read and hashed
+
         def start(chosen: Choice) -> Session:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
                 return _start_engine(bundle, chosen, facts, on_progress)
-            data = bundle.read(chosen.variant.model)
+            path = chosen.variant.model
+            data = model.result() if model and path == first else bundle.read(path)
             session = OnnxSession(data, device=chosen.device, intra_op_threads=cores)
             _check_belongs(session, bundle)
             return session
@@ -236,11 +243,10 @@ class Classifier:
                 failed=failed,
             )
 
-        encoder = encoder_for(bundle)
         session, choice = _start_session(choice, start, choose_again if device == "auto" else None)
         if rest is not None:
             try:
-                rest.join_or_raise()
+                rest.result()
             except BaseException:
                 session.close()
                 raise
@@ -471,26 +477,28 @@ def encoder_for(bundle: Bundle) -> TextEncoder:
     )
 
 
-class _Background(threading.Thread):
+class _Background(threading.Thread, Generic[_T]):
     """Calls a function in a thread of its own."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[], _T]) -> None:
         super().__init__(daemon=True)
         self._function = function
+        self._found: _T
         self._fault: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._function()
+            self._found = self._function()
         except Exception as exc:
             self._fault = exc
 
-    def join_or_raise(self) -> None:
-        """Waits for the function to end, and raises what it raised."""
+    def result(self) -> _T:
+        """Waits for the function to end, and returns what it did, or raises what it raised."""
         self.join()
         if self._fault is not None:
             raise self._fault
+        return self._found
 
 
 def tuning_for(manifest: Manifest, cores: int) -> Tuning | None:

@@ -74,12 +74,14 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         engine: Of the variant; the measurement holds for its TensorRT and GPU alone.
         variant: Its name.
         timings: What was measured.
+        gpu: Name of the GPU; an engine for RTX runs on many, and its key names none.
         power_mode: Of the Jetson, at that time.
     """
 
     engine: EngineKey
     variant: str
     timings: tuple[EngineTiming, ...]
+    gpu: str | None = None
     power_mode: str | None = None
 
 
@@ -106,6 +108,8 @@ def read_preference(
     except (OSError, ValueError, BundleError):  # never measured, or not written by this edgebert
         return None
     wanted = wanted_key(bundle.manifest, variant, flavour, facts)
+    if facts.gpu is None or preference.gpu != facts.gpu.name:
+        return None
     same = ("flavour", "version", "platform", "compute_capability", "model_sha256")
     if any(getattr(preference.engine, name) != getattr(wanted, name) for name in same):
         return None
@@ -154,8 +158,9 @@ def build_engines(
 
     Raises:
         InputError: The flavour does not have these options.
-        DeviceError: This machine cannot build them, or has too little memory free.
-        BundleError: The bundle has nothing to build them from, or TensorRT does not take it.
+        DeviceError: This machine cannot build them, has too little memory free, or has a TensorRT
+            that does not take the model.
+        BundleError: The bundle has nothing to build them from.
     """
     options = options or BuildOptions()
     if flavour == "rtx" and (options.version_compatible or options.hardware_compatible):
@@ -340,6 +345,7 @@ def remember_preference(
         engine=keys[variant],
         variant=variant,
         timings=tuple(timings),
+        gpu=facts.gpu.name if facts.gpu else None,
         power_mode=facts.jetson.power_mode if facts.jetson else None,
     )
     with suppress(OSError):  # a cache that cannot be written to: it is measured again next time

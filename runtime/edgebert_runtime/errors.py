@@ -2,6 +2,7 @@
 
     EdgebertError               exit code 1: a fault of ours or of the environment
     ├── DeviceError             the device, its driver or a session on it cannot be used
+    │   └── ModelRefusedError   the device's TensorRT does not take a model
     ├── MissingExtraError       an optional dependency is not installed (or two clash)
     └── UsageError              exit code 2: what the caller gave is wrong
         ├── BundleError         the bundle is truncated, altered, unsafe or unknown
@@ -19,6 +20,7 @@ __all__ = [
     "EdgebertError",
     "InputError",
     "MissingExtraError",
+    "ModelRefusedError",
     "UsageError",
 ]
 
@@ -31,6 +33,10 @@ class EdgebertError(Exception):
 
 class DeviceError(EdgebertError):
     """The device, its driver or a session on it cannot be used."""
+
+
+class ModelRefusedError(DeviceError):
+    """TensorRT does not take a model, which may be whole: another release of it, or device, may."""
 
 
 class MissingExtraError(EdgebertError):

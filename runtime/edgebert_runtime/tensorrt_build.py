@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from edgebert_runtime.errors import BundleError
+from edgebert_runtime.errors import ModelRefusedError
 from edgebert_runtime.manifest import Profile
 from edgebert_runtime.tensorrt_api import Flavour, Network, TensorRT, faults_of_tensorrt
 
@@ -89,7 +89,7 @@ def build_engine(
         on_progress: Called with steps done and steps known so far.
 
     Raises:
-        BundleError: TensorRT does not take the model.
+        ModelRefusedError: This TensorRT does not take the model.
         DeviceError: There is no GPU where one is needed, or the build failed.
     """
     from concurrent.futures import ThreadPoolExecutor, wait  # for builds alone
@@ -152,7 +152,7 @@ def _build(
     if not parser.parse(model):
         found = [parser.get_error(index) for index in range(parser.num_errors)]
         said = [f"{e.desc()} (node {e.node_name()}, {e.node_operator()})" for e in found]
-        raise BundleError(f"TensorRT does not take the model: {'; '.join(said[:_SAID])}")
+        raise ModelRefusedError(f"TensorRT does not take the model: {'; '.join(said[:_SAID])}")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
     for profile in profiles:

@@ -35,6 +35,7 @@ from edgebert_runtime.engines import (
     read_preference,
     remember_preference,
 )
+from edgebert_runtime.errors import ModelRefusedError
 from edgebert_runtime.facts import DeviceFacts, GpuFacts, Jetson, TensorRTFacts
 from edgebert_runtime.manifest import Profile
 from edgebert_runtime.tensorrt_build import BuildOptions
@@ -186,7 +187,7 @@ def test_a_build_that_fails_leaves_nothing_and_does_not_block_the_next(
         patch.setattr(
             "edgebert_runtime.testing.fake_tensorrt._OnnxParser.parse", lambda s, m: False
         )
-        with pytest.raises(BundleError, match="TensorRT does not take the model"):
+        with pytest.raises(ModelRefusedError, match="TensorRT does not take the model"):
             build(bundle, cache, trt)
     assert cache.entries() == []
     assert len(build(bundle, cache, trt)) == 2
@@ -492,11 +493,13 @@ def test_the_fastest_variant_is_preferred_where_it_was_measured(
     choice = choose(bundle.manifest, ORIN, engines=engines, preferred=preferred)
     assert choice.variant.name == "fp16-gpu"
     # What was measured of one flavour says nothing of the other.
-    other = choose(bundle.manifest, ORIN, engines=engines, preferred={"rtx": "fp16-gpu"})
-    assert other.variant.name == "int8-gpu"
-    # Another TensorRT has not been measured, and without a GPU nothing has.
+    of_rtx = choose(bundle.manifest, ORIN, engines=engines, preferred={"rtx": "fp16-gpu"})
+    assert of_rtx.variant.name == "int8-gpu"
+    # Another TensorRT has not been measured, nor another GPU, and without a GPU nothing has.
     newer = msgspec.structs.replace(ORIN, tensorrt={"tensorrt": TensorRTFacts(version="10.7.0")})
-    for elsewhere in (newer, msgspec.structs.replace(ORIN, gpu=None)):
+    assert ORIN.gpu is not None
+    other = msgspec.structs.replace(ORIN, gpu=msgspec.structs.replace(ORIN.gpu, name="Orin NX"))
+    for elsewhere in (newer, other, msgspec.structs.replace(ORIN, gpu=None)):
         assert preferred_variants(bundle, cache, elsewhere) == {}
 
 
@@ -587,6 +590,28 @@ def test_a_classifier_builds_its_engine_if_it_may(
     with Classifier.load(bundle.path, device="tensorrt") as clf:
         assert clf.choice is not None and clf.choice.variant.name == "int8-gpu"
     assert trt.builds == 1 and not +trt.driver.live
+
+
+def test_a_model_that_this_tensorrt_does_not_take_is_served_from_the_cpu_and_said(
+    bundle: Bundle,
+    cache: EngineCache,
+    trt: FakeTensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda device: ORIN)
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr(
+        "edgebert_runtime.testing.fake_tensorrt._OnnxParser.parse", lambda s, m: False
+    )
+    with Classifier.load(bundle.path, build_engine=True) as clf:
+        assert clf.choice is not None and clf.choice.device == "cpu"
+        assert len(clf.predict(["a great film"])) == 1
+    assert "falling back to cpu" in caplog.text
+    assert "TensorRT does not take the model" in caplog.text
+    with pytest.raises(ModelRefusedError):
+        Classifier.load(bundle.path, device="tensorrt", build_engine=True)
 
 
 def test_an_engine_that_fails_where_nothing_else_runs_is_told_with_the_rest(
