@@ -27,6 +27,11 @@ from edgebert_runtime.onnx_session import OnnxSession
 CHOICES: dict[str, dict[str, Any]] = {
     "per channel, embeddings too (ours)": {"per_channel": True, "gather": True},
     "per channel, embeddings in FP32": {"per_channel": True},
+    "per channel, embeddings too, range reduced to 7 bits": {
+        "per_channel": True,
+        "gather": True,
+        "reduce_range": True,
+    },
     "per tensor, embeddings too": {"gather": True},
     "per tensor, embeddings too, range reduced to 7 bits": {"gather": True, "reduce_range": True},
 }

@@ -47,7 +47,7 @@ __all__ = [
 
 _QUANTISED = ("quantize", "qlinear", "qattention", "qgemm", "integer", "nbits")
 """What is in the names of operators that work on quantised numbers, in lower case."""
-_CPU_PRODUCTS = (b"MatMulInteger", b"DynamicQuantizeMatMul")
+_CPU_PRODUCTS = (b"MatMulInteger", b"DynamicQuantizeMatMul", b"MatMulNBits")
 _MOST_BYTES = 2**31 - 1  # of a protobuf message
 _SHARED_BYTES = 1024
 """Smaller constants stay in the graph that a session gets, where shapes are computed from them."""

@@ -17,7 +17,7 @@ from edgebert_export.quantise import ProductKind, QuantiseConfig, included
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_runtime.onnx_session import SLOWER_FUSED
 
-__all__ = ["quantise_cpu", "with_fusions"]
+__all__ = ["dynamic_int8", "quantise_cpu", "with_fusions"]
 
 
 def quantise_cpu(
@@ -55,7 +55,9 @@ def quantise_cpu(
         write_graph(graph, source)  # the graph in which these are the names
 
         def build(names: frozenset[str]) -> bytes:
-            return with_fusions(_dynamic(source, [nodes[name] for name in nodes if name in names]))
+            return with_fusions(
+                dynamic_int8(source, [nodes[name] for name in nodes if name in names])
+            )
 
         found = fit(
             list(nodes),
@@ -72,8 +74,14 @@ def quantise_cpu(
     return found
 
 
-def _dynamic(path: Path, nodes: Sequence[str]) -> bytes:
-    """Quantises the weights of ``nodes`` with ONNX Runtime."""
+def dynamic_int8(path: Path, nodes: Sequence[str], *, per_channel: bool = True) -> bytes:
+    """Quantises the weights of ``nodes`` with ONNX Runtime; activations, while running.
+
+    Args:
+        path: The FP32 model.
+        nodes: Names of products by a weight, and of look-ups in a table; at least one.
+        per_channel: Whether a linear layer has a scale per output channel, or one.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     assert nodes  # of no nodes, ONNX Runtime makes all
@@ -84,7 +92,7 @@ def _dynamic(path: Path, nodes: Sequence[str]) -> bytes:
             out,
             op_types_to_quantize=["MatMul", "Gather"],
             nodes_to_quantize=list(nodes),
-            per_channel=True,
+            per_channel=per_channel,
             reduce_range=False,
             weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
@@ -92,8 +100,13 @@ def _dynamic(path: Path, nodes: Sequence[str]) -> bytes:
         return out.read_bytes()
 
 
-def with_fusions(model: bytes) -> bytes:
-    """Returns a model with ONNX Runtime's fusions for CPUs of every kind, as a session has them."""
+def with_fusions(model: bytes, *, left_out: Sequence[str] = SLOWER_FUSED["cpu"]) -> bytes:
+    """Returns a model with ONNX Runtime's fusions for CPUs of every kind, as a session has them.
+
+    Args:
+        model: An ONNX file's bytes.
+        left_out: Fusions that are not made; by default, those that a session leaves out.
+    """
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as directory:
@@ -106,7 +119,7 @@ def with_fusions(model: bytes) -> bytes:
             model,
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=SLOWER_FUSED["cpu"],
+            disabled_optimizers=list(left_out),
         )
         fused = onnx.load(out)
     used = {node.domain for node in fused.graph.node}

@@ -16,7 +16,9 @@ from edgebert_pipeline.errors import GateRefusedError, RecipeError
 from edgebert_runtime.cli import COMMANDS, CommandGroup, check_output
 
 if TYPE_CHECKING:
+    from edgebert_export.dataset import Example
     from edgebert_pipeline.scores import Evaluation
+    from edgebert_runtime.manifest import Task
 
 __all__ = ["main"]
 
@@ -211,16 +213,40 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure every variant of BUNDLE on the labelled rows of DATA."""
-    from edgebert_pipeline.data import load_examples
     from edgebert_pipeline.evaluate import evaluate as run
     from edgebert_pipeline.progress import Reporter
-    from edgebert_pipeline.recipe import DataConfig, RowsSource
     from edgebert_pipeline.report_markdown import render_table
     from edgebert_pipeline.scores import MODEL
     from edgebert_runtime.bundle import Bundle
-    from edgebert_runtime.errors import InputError
 
     task = Bundle.open(bundle).manifest.task
+    examples = _read_examples(task, data, format_, text, text_pair, label, label_values)
+    with Reporter().stage("evaluate", f"{len(examples)} rows, and speed") as progress:
+        found = run(
+            {MODEL: bundle},
+            examples,
+            latency_texts=latency_texts,
+            latency_repeats=3,
+            intra_op_threads=threads,
+            on_progress=progress,
+        )
+    click.echo(msgspec.json.encode(found) if as_json else render_table(found))
+
+
+def _read_examples(
+    task: Task,
+    data: Path,
+    format_: Literal["csv", "tsv", "jsonl", "parquet"] | None,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    label_values: tuple[str, ...],
+) -> tuple[Example, ...]:
+    """Reads the labelled rows of a file, for a bundle's task."""
+    from edgebert_pipeline.data import load_examples
+    from edgebert_pipeline.recipe import DataConfig, RowsSource
+    from edgebert_runtime.errors import InputError
+
     if task.text_pair and text_pair is None:
         raise InputError("this bundle takes pairs of texts; name the second column: --text-pair")
     if not task.text_pair and text_pair is not None:
@@ -238,17 +264,96 @@ def evaluate(
         )
     except ValueError as exc:
         raise InputError(str(exc)) from exc
-    examples = load_examples(config, rows, Path())
-    with Reporter().stage("evaluate", f"{len(examples)} rows, and speed") as progress:
-        found = run(
-            {MODEL: bundle},
-            examples,
-            latency_texts=latency_texts,
-            latency_repeats=3,
-            intra_op_threads=threads,
-            on_progress=progress,
-        )
-    click.echo(msgspec.json.encode(found) if as_json else render_table(found))
+    return load_examples(config, rows, Path())
+
+
+@main.command(short_help="Find what is fastest on this CPU, and keep it in the bundle.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Labelled rows to judge answers by. Without them, nothing new is tried.",
+)
+@_column_options
+@click.option(
+    "--goal",
+    type=click.Choice(["both", "latency", "throughput"]),
+    default="both",
+    show_default=True,
+    help="One text, many texts, or the geometric mean of both.",
+)
+@click.option(
+    "--max-accuracy-drop",
+    type=click.FloatRange(0, 1),
+    default=0.005,
+    show_default=True,
+    help="Most accuracy that a variant may lose against FP32.",
+)
+@click.option(
+    "--max-flip-rate",
+    type=click.FloatRange(0, 1),
+    default=0.03,
+    show_default=True,
+    help="Largest share of rows that it may answer unlike FP32.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Cores to use; all by default.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the tuned bundle here instead.")
+@click.option("--dry-run", is_flag=True, help="Write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def tune(
+    bundle: Path,
+    data: Path | None,
+    format_: Literal["csv", "tsv", "jsonl", "parquet"] | None,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    label_values: tuple[str, ...],
+    goal: Literal["both", "latency", "throughput"],
+    max_accuracy_drop: float,
+    max_flip_rate: float,
+    threads: int | None,
+    out: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Find what runs BUNDLE fastest on this kind of CPU, and keep it in BUNDLE.
+
+    Tries kernels of ONNX Runtime on the model, within a budget of answers on the rows of --data,
+    and ways to compute many texts. Machines with another kind of CPU run BUNDLE as before.
+    """
+    from edgebert_export.fidelity import Budget
+    from edgebert_pipeline.progress import Reporter
+    from edgebert_pipeline.tune import open_to_tune
+    from edgebert_pipeline.tune import tune as run
+    from edgebert_pipeline.tune_markdown import render_tuned
+    from edgebert_runtime.device_report import own_texts
+    from edgebert_runtime.errors import InputError
+
+    if data is None and (format_ or text or text_pair or label or label_values):
+        raise InputError("columns are given, but no rows; name their file with --data")
+    opened = open_to_tune(bundle)
+    task = opened.manifest.task
+    examples: tuple[Example, ...] = ()
+    texts, _ = own_texts(task, opened.manifest.max_length)
+    if data is not None:
+        examples = _read_examples(task, data, format_, text, text_pair, label, label_values)
+        texts = [example.text for example in examples]
+    tuned = run(
+        opened,
+        examples,
+        texts,
+        goal=goal,
+        budget=Budget(max_accuracy_drop=max_accuracy_drop, max_flip_rate=max_flip_rate),
+        cores=threads,
+        out=out,
+        dry_run=dry_run,
+        reporter=Reporter(),
+    )
+    click.echo(msgspec.json.encode(tuned) if as_json else render_tuned(tuned))
+    if tuned.digest is None:
+        click.echo("nothing was written", err=True)
+    else:
+        click.echo(f"bundle: {out or bundle}   digest: {tuned.digest}", err=True)
 
 
 @main.command(short_help="Print the rows of a split, for a device to measure on.")

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,9 +21,9 @@ from edgebert_runtime.cache import is_known_whole, remember_whole
 from edgebert_runtime.device import Choice, DeviceFacts, choose, gather_facts
 from edgebert_runtime.encoder import Encoded, Text, TextEncoder
 from edgebert_runtime.errors import BundleError, DeviceError, EdgebertError, InputError
-from edgebert_runtime.manifest import Manifest, Task
+from edgebert_runtime.manifest import Manifest, Task, Tuning
 from edgebert_runtime.onnx_session import OnnxSession
-from edgebert_runtime.processor import usable_cores
+from edgebert_runtime.processor import processor_kind, usable_cores
 from edgebert_runtime.session import Session
 
 if TYPE_CHECKING:
@@ -34,17 +34,34 @@ if TYPE_CHECKING:
 
     from edgebert_runtime.tensorrt_session import TensorRTSession
 
-__all__ = ["Classifier", "Prediction", "Stats"]
+__all__ = ["Classifier", "CpuSettings", "Prediction", "Stats"]
 
 _T = TypeVar("_T")
 
 _CHUNK_TEXTS = 1024
 """Texts that are tokenised and sorted by length at a time, so that memory stays bounded."""
 _ANY = sys.maxsize
-_CPU_BATCH_TOKENS = 512
-"""Tokens of a batch on a CPU: its activations then stay in a core's cache (docs/performance.md)."""
-_CPU_CALL_TOKENS = 16
-"""What a call takes on a CPU besides its tokens (docs/performance.md)."""
+
+
+class CpuSettings(NamedTuple):
+    """How texts are computed on a CPU that the bundle was not tuned for (docs/performance.md).
+
+    Attributes:
+        batch_tokens: Most tokens of a batch, so that its activations stay in a core's cache.
+        call_tokens: What a call takes besides its tokens, as so many tokens.
+        by_core: Whether many texts are computed in batches one a core.
+    """
+
+    batch_tokens: int = 512
+    call_tokens: int = 16
+    by_core: bool = True
+
+    @classmethod
+    def of(cls, tuning: Tuning | None) -> CpuSettings:
+        """Returns what a tuning says, or else what does well everywhere."""
+        if tuning is None:
+            return cls()
+        return cls(tuning.batch_tokens, tuning.call_tokens, tuning.by_core)
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -165,7 +182,8 @@ class Classifier:
             path: The bundle: a directory, or one ``.tar``.
             device: ``auto`` (the best that works at once), ``cpu``, ``cuda``, ``tensorrt`` or
                 ``rtx`` (TensorRT for RTX).
-            variant: Name of the variant to load; the best for the device when ``None``.
+            variant: Name of the variant to load; the best for the device when ``None``. On a CPU
+                of a kind that the bundle was tuned for, the fastest one.
             intra_op_threads: Cores to use on a CPU: a few texts are computed by all of them
                 together, many texts in batches, one a core. All usable ones when ``None``.
             batch_size: Most texts in one call of the model.
@@ -189,14 +207,18 @@ class Classifier:
         bundle = Bundle.open(path)
         # The files that are parsed are hashed when they are read; the rest beside the loading.
         rest = None if is_known_whole(bundle) else _Background(bundle.verify)
-        likely = _likely_model(bundle.manifest, device, variant)
+        cores = intra_op_threads or usable_cores()
+        tuning = tuning_for(bundle.manifest, cores)
+        usual = tuning.variant if tuning is not None else None
+        likely = _likely_model(bundle.manifest, device, variant or usual)
         model = None if likely is None else _Background(functools.partial(bundle.read, likely))
         facts = gather_facts(device)
-        choice = choose_for(bundle, facts, device, variant, build_engine=build_engine)
+        choice = choose_for(
+            bundle, facts, device, variant, tuning=tuning, build_engine=build_engine
+        )
         for reason in choice.faults:
             _warn("running %s on %s: %s", choice.variant.name, choice.device, reason)
 
-        cores = intra_op_threads or usable_cores()
         encoder = encoder_for(bundle)
 
         def start(chosen: Choice) -> Session:
@@ -213,7 +235,13 @@ class Classifier:
 
         def choose_again(failed: Mapping[str, str]) -> Choice:
             return choose_for(
-                bundle, facts, device, variant, build_engine=build_engine, failed=failed
+                bundle,
+                facts,
+                device,
+                variant,
+                tuning=tuning,
+                build_engine=build_engine,
+                failed=failed,
             )
 
         session, choice = _start_session(choice, start, choose_again if device == "auto" else None)
@@ -224,14 +252,17 @@ class Classifier:
                 session.close()
                 raise
             remember_whole(bundle)
-        by_core = choice.device == "cpu" and cores > 1
+        on_cpu = choice.device == "cpu"
+        measured = tuning is not None and tuning.variant == choice.variant.name
+        settings = CpuSettings.of(tuning if measured else None)
+        by_core = on_cpu and cores > 1 and settings.by_core
         return cls(
             session,
             encoder,
             bundle.manifest.task,
             batch_size=batch_size,
-            batch_tokens=_CPU_BATCH_TOKENS if choice.device == "cpu" else None,
-            call_tokens=_CPU_CALL_TOKENS if choice.device == "cpu" else None,
+            batch_tokens=settings.batch_tokens if on_cpu else None,
+            call_tokens=settings.call_tokens if on_cpu else None,
             workers=cores if by_core else 1,
             start_worker_session=start_worker_session if by_core else None,
             max_wait_ms=max_wait_ms,
@@ -481,18 +512,25 @@ class _Background(threading.Thread, Generic[_T]):
         return self._found
 
 
+def tuning_for(manifest: Manifest, cores: int) -> Tuning | None:
+    """Returns what ``edgebert tune`` found to be the fastest on this kind of CPU, if it did."""
+    return manifest.tuning(processor_kind(), cores) if manifest.tunings else None
+
+
 def choose_for(
     bundle: Bundle,
     facts: DeviceFacts,
     device: str = "auto",
     variant: str | None = None,
     *,
+    tuning: Tuning | None = None,
     build_engine: bool = False,
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> Choice:
     """Chooses what of a bundle runs on this machine; see ``choose`` for what it raises."""
+    tuned = {} if tuning is None else {"cpu": tuning.variant}
     if not facts.tensorrt:
-        return choose(bundle.manifest, facts, device, variant, failed=failed)
+        return choose(bundle.manifest, facts, device, variant, preferred=tuned, failed=failed)
     from edgebert_runtime.engine_cache import EngineCache
     from edgebert_runtime.engines import available_engines, preferred_variants
 
@@ -503,7 +541,7 @@ def choose_for(
         device,
         variant,
         engines=available_engines(bundle, cache),
-        preferred=preferred_variants(bundle, cache, facts),
+        preferred={**tuned, **preferred_variants(bundle, cache, facts)},
         failed=failed,
         build_engine=build_engine,
     )

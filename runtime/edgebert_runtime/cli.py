@@ -19,10 +19,12 @@ import msgspec
 from edgebert_runtime.device import DEVICES
 from edgebert_runtime.errors import EdgebertError, InputError
 from edgebert_runtime.facts import DeviceFacts, gather_facts
+from edgebert_runtime.processor import processor_kind, usable_cores
 from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour
 
 if TYPE_CHECKING:
     from edgebert_runtime.encoder import Text
+    from edgebert_runtime.manifest import Tuning
 
 __all__ = ["COMMANDS", "CommandGroup", "check_output", "main", "printable", "reported_errors"]
 
@@ -326,7 +328,20 @@ def inspect(bundle: str, as_json: bool) -> None:
             f"engine of {built.variant}: {sizes[built.path] / 1e6:.1f} MB, TensorRT-RTX "
             f"{printable(built.version)}, {printable(built.platform)}"
         )
+    for tuning in manifest.tunings:
+        click.echo(
+            f"tuned for {printable(tuning.processor)}, {tuning.cores} cores: {tuning.variant}, "
+            f"{_worth(tuning)}"
+        )
     click.echo(f"digest: {opened.digest} (every file checked)")
+
+
+def _worth(tuning: Tuning) -> str:
+    found = tuning.measured
+    return (
+        f"{found.latency_ratio:.2f} times as fast for one text as {found.before} was, "
+        f"{found.throughput_ratio:.2f} times for many"
+    )
 
 
 @click.command(short_help="Build a bundle's TensorRT engines on this device.")
@@ -454,19 +469,22 @@ class _StepCounter:
 def doctor(bundle: str | None, as_json: bool) -> None:
     """Say what this machine offers and, for a BUNDLE, what would run here and why."""
     from edgebert_runtime.bundle import Bundle
-    from edgebert_runtime.classifier import choose_for
+    from edgebert_runtime.classifier import choose_for, tuning_for
 
     opened = None if bundle is None else Bundle.open(bundle)
     facts = gather_facts(look_for_gpu=True)
     choice, fault = None, None
+    tuning = tuning_for(opened.manifest, usable_cores()) if opened is not None else None
     if opened is not None:
         try:
-            choice = choose_for(opened, facts)
+            choice = choose_for(opened, facts, tuning=tuning)
         except EdgebertError as exc:
             fault = exc
     if as_json:
         said = None if fault is None else str(fault)
-        click.echo(msgspec.json.encode({"facts": facts, "choice": choice, "fault": said}))
+        click.echo(
+            msgspec.json.encode({"facts": facts, "choice": choice, "tuning": tuning, "fault": said})
+        )
     else:
         for line in _described(facts):
             click.echo(printable(line))
@@ -474,10 +492,20 @@ def doctor(bundle: str | None, as_json: bool) -> None:
             click.echo(f"would run: {choice.variant.name} on {choice.device}")
             for reason in choice.passed_over:
                 click.echo(f"passed over: {printable(reason)}")
+            if choice.device == "cpu":
+                click.echo(f"tuned: {printable(_tuned(tuning))}")
         if fault is not None:
             click.echo(f"would run: nothing: {printable(str(fault))}")
     if fault is not None:
         sys.exit(fault.exit_code)
+
+
+def _tuned(tuning: Tuning | None) -> str:
+    if tuning is None:
+        return f"not for this processor ({processor_kind()}); edgebert tune BUNDLE would"
+    here = usable_cores()
+    cores = "" if tuning.cores == here else f" on {tuning.cores} cores (here: {here})"
+    return f"for this processor{cores}, {tuning.variant}: {_worth(tuning)}"
 
 
 def _described(facts: DeviceFacts) -> Iterator[str]:

@@ -20,19 +20,21 @@ __all__ = [
     "EngineEntry",
     "FileEntry",
     "Manifest",
+    "Measured",
     "Profile",
     "Provenance",
     "Task",
     "TensorSpec",
+    "Tuning",
     "Variant",
     "check_relative_path",
     "decode_manifest",
     "encode_manifest",
 ]
 
-FORMAT_VERSION = 2
-_READABLE = (1, FORMAT_VERSION)
-"""Version 2 added FP16 and TensorRT: what version 1 says means the same in it."""
+FORMAT_VERSION = 3
+_READABLE = (1, 2, FORMAT_VERSION)
+"""Version 2 added FP16 and TensorRT, 3 tunings: what older ones say means the same in it."""
 
 _MOST_TOKENS = 2**20
 _MOST_ROWS = 2**16
@@ -150,6 +152,70 @@ class EngineEntry(_Strict, frozen=True, kw_only=True):
     platform: str
 
 
+class Measured(_Strict, frozen=True, kw_only=True):
+    """What a tuning was measured to be worth, on the processor that it is for.
+
+    Attributes:
+        bundle_sha256: Digest of the bundle that was tuned, as it was before.
+        before: The variant that the bundle ran there until then.
+        rows: Labelled rows that the variant's answers were held against FP32's on; 0 if none
+            were given, which only a variant that is not new can do without.
+        flips: Of them, how many it answers unlike FP32.
+        lost: How many FP32 answers right more than it does; less than 0 if it is better.
+        latency_ratio: The latency of one text before, over that now; above 1 is faster now.
+        throughput_ratio: Texts a second now, over those before; above 1 is faster now.
+        onnxruntime: Version of the ONNX Runtime that ran.
+    """
+
+    bundle_sha256: str
+    before: str
+    rows: int
+    flips: int
+    lost: int
+    latency_ratio: float
+    throughput_ratio: float
+    onnxruntime: str
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(self.bundle_sha256):
+            raise ValueError("bundle_sha256 is not 64 lower-case hexadecimal digits")
+        if not 0 <= self.flips <= self.rows or abs(self.lost) > self.rows:
+            raise ValueError("a tuning has more flips, or more lost, than rows")
+        if not (self.latency_ratio > 0 and self.throughput_ratio > 0):
+            raise ValueError("a tuning's ratios must be above 0")
+
+
+class Tuning(_Strict, frozen=True, kw_only=True):
+    """What is fastest on a CPU of one kind; others run as if it was not there.
+
+    Attributes:
+        processor: The kind, as ``processor_kind`` names it.
+        cores: Cores that were used.
+        variant: What runs there.
+        batch_tokens: Most tokens of a batch of several texts, padding included.
+        call_tokens: What a call of the model takes besides its tokens, as so many tokens.
+        by_core: Whether many texts are computed in batches one a core, or one after the other
+            on all cores together.
+        measured: What that is worth.
+    """
+
+    processor: str
+    cores: int
+    variant: str
+    batch_tokens: int
+    call_tokens: int
+    by_core: bool
+    measured: Measured
+
+    def __post_init__(self) -> None:
+        if not self.processor or not self.processor.isprintable():
+            raise ValueError("a tuning's processor must be named, without control characters")
+        if self.cores < 1:
+            raise ValueError("a tuning's cores must be at least 1")
+        if not (1 <= self.batch_tokens <= _MOST_TOKENS and 0 <= self.call_tokens <= _MOST_TOKENS):
+            raise ValueError(f"a tuning's tokens must be at most {_MOST_TOKENS}, of a batch >= 1")
+
+
 class FileEntry(_Strict, frozen=True, kw_only=True):
     """One file of the bundle: its POSIX path, its size and the SHA-256 of its bytes."""
 
@@ -200,6 +266,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         variants: In order of preference.
         profiles: Shapes that engines are built for, by the lengths of the calibration texts.
         engines: Engines that are in the bundle.
+        tunings: What is fastest on the kinds of processor that the bundle was tuned on.
         files: Every file of the bundle but the manifest and its hash.
         provenance: Where the bundle comes from.
     """
@@ -215,6 +282,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     variants: tuple[Variant, ...]
     profiles: tuple[Profile, ...] = ()
     engines: tuple[EngineEntry, ...] = ()
+    tunings: tuple[Tuning, ...] = ()
     files: tuple[FileEntry, ...]
     provenance: Provenance
 
@@ -233,6 +301,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         if not names or len(set(names)) != len(names):
             raise ValueError("variants must be at least one, with distinct names")
         self._check_engines()
+        self._check_tunings()
         if not 3 <= self.max_length <= _MOST_TOKENS:
             raise ValueError(f"max_length must be from 3 to {_MOST_TOKENS}")
         if not 0 <= self.pad_token_id < 2**31:
@@ -250,6 +319,17 @@ class Manifest(_Strict, frozen=True, kw_only=True):
                 raise ValueError(f"{engine.path} is of {engine.variant!r}, no variant for rtx")
         if self.engines and not self.profiles:
             raise ValueError("engines need profiles")
+
+    def _check_tunings(self) -> None:
+        if self.format_version < 3 and self.tunings:
+            raise ValueError(f"a bundle of format_version {self.format_version} has no tunings")
+        fitting = {v.name for v in self.variants if "cpu" in v.devices}
+        for tuning in self.tunings:
+            if tuning.variant not in fitting:
+                raise ValueError(f"a tuning is of {tuning.variant!r}, no variant for cpu")
+        kinds = {(tuning.processor, tuning.cores) for tuning in self.tunings}
+        if len(kinds) != len(self.tunings):
+            raise ValueError("two tunings are for the same processor and cores")
 
     def _check_tensors(self) -> None:
         inputs = [spec.name for spec in self.inputs]
@@ -274,6 +354,14 @@ class Manifest(_Strict, frozen=True, kw_only=True):
                 return variant
         known = ", ".join(variant.name for variant in self.variants)
         raise BundleError(f"the bundle has no variant {name!r}; it has: {known}")
+
+    def tuning(self, processor: str, cores: int) -> Tuning | None:
+        """Returns what is fastest on a kind of processor; ``None`` if that was not measured.
+
+        Of several, the one that was measured on the nearest number of cores.
+        """
+        fitting = [tuning for tuning in self.tunings if tuning.processor == processor]
+        return min(fitting, key=lambda tuning: abs(tuning.cores - cores), default=None)
 
 
 def check_relative_path(path: str) -> None:
@@ -305,7 +393,7 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
     if version not in _READABLE:
         raise BundleError(
             f"{source}: format_version {version} is unknown; this edgebert reads "
-            f"{' and '.join(map(str, _READABLE))}. Use the edgebert-runtime that belongs to the "
+            f"{_READABLE[0]} to {FORMAT_VERSION}. Use the edgebert-runtime that belongs to the "
             "bundle."
         )
     try:

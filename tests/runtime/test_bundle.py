@@ -365,7 +365,7 @@ def _twice(key: str) -> Callable[[dict[str, Any]], None]:
     return lambda manifest: manifest[key].append(manifest[key][0])
 
 
-@pytest.mark.parametrize("version", [0, 3, 99, -1, 10**30])
+@pytest.mark.parametrize("version", [0, 4, 99, -1, 10**30])
 def test_an_unknown_format_version_is_refused_by_number(
     copy_bundle: Callable[..., Path], edit_manifest: Callable[..., None], version: int
 ) -> None:
@@ -374,12 +374,18 @@ def test_an_unknown_format_version_is_refused_by_number(
     assert f"format_version {version} is unknown" in refusal(bundle)
 
 
-def test_a_bundle_of_the_first_version_is_read(
-    copy_bundle: Callable[..., Path], edit_manifest: Callable[..., None]
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_bundle_of_an_older_version_is_read(
+    copy_bundle: Callable[..., Path], edit_manifest: Callable[..., None], version: int
 ) -> None:
     bundle = copy_bundle()
-    edit_manifest(bundle, _set("format_version", 1))
-    assert Bundle.open(bundle).manifest.format_version == 1
+
+    def age(manifest: dict[str, Any]) -> None:
+        manifest["format_version"] = version
+        del manifest["tunings"]
+
+    edit_manifest(bundle, age)
+    assert Bundle.open(bundle).manifest.format_version == version
     Bundle.open(bundle).verify()
 
 
@@ -390,10 +396,10 @@ def test_a_newer_format_is_named_even_when_it_has_keys_that_we_do_not_know(
 
     def renew(manifest: dict[str, Any]) -> None:
         manifest.clear()
-        manifest.update(format_version=3, everything="else")
+        manifest.update(format_version=4, everything="else")
 
     edit_manifest(bundle, renew)
-    assert "format_version 3 is unknown" in refusal(bundle)
+    assert "format_version 4 is unknown" in refusal(bundle)
 
 
 @pytest.mark.parametrize(

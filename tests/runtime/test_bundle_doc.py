@@ -20,10 +20,12 @@ from edgebert_runtime.manifest import (
     EngineEntry,
     FileEntry,
     Manifest,
+    Measured,
     Profile,
     Provenance,
     Task,
     TensorSpec,
+    Tuning,
     Variant,
 )
 
@@ -117,7 +119,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "hash without line feed": lambda bundle: (bundle / MANIFEST_HASH).write_bytes(
         (bundle / MANIFEST_HASH).read_bytes().rstrip()
     ),
-    "unknown version": _change(lambda m: m.update(format_version=3)),
+    "unknown version": _change(lambda m: m.update(format_version=4)),
     "unknown key": _change(lambda m: m.update(comment="")),
     "unknown key inside": _change(lambda m: m["variants"][0].update(opset=21)),
     "missing key": _change(lambda m: m["provenance"].pop("seed")),
@@ -151,7 +153,10 @@ def test_the_page_describes_every_key_and_no_other():
     page = PAGE.read_text(encoding="utf-8")
     section = page.partition("## `manifest.json`")[2].partition("\n## ")[0]
     described = set(re.findall(r"^\| `(\w+)` \|", section, re.M))
-    structs = (Manifest, Task, TensorSpec, Variant, Profile, EngineEntry, FileEntry, Provenance)
+    structs = (
+        *(Manifest, Task, TensorSpec, Variant, Profile, EngineEntry),
+        *(Tuning, Measured, FileEntry, Provenance),
+    )
     assert described == {field for struct in structs for field in struct.__struct_fields__}
 
 

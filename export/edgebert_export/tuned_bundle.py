@@ -1,0 +1,173 @@
+"""Writes a bundle anew with a tuning in it, in the place of the old one or elsewhere.
+
+A bundle is never changed where it lies: the new one is written whole beside it, checked as a device
+would check it, and then takes its place. ``Replacing`` holds the place while that takes minutes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import filelock
+import msgspec
+
+from edgebert_export.errors import ExportError
+from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
+from edgebert_runtime.errors import InputError
+from edgebert_runtime.manifest import (
+    FORMAT_VERSION,
+    FileEntry,
+    Tuning,
+    Variant,
+    encode_manifest,
+)
+
+__all__ = ["Replacing", "bring_back", "write_tuned"]
+
+_HERE, _EXCHANGE = -100, 2
+"""``AT_FDCWD`` and ``RENAME_EXCHANGE`` of Linux."""
+
+
+def write_tuned(
+    bundle: Bundle, out: Path, tuning: Tuning, added: tuple[Variant, bytes] | None = None
+) -> Bundle:
+    """Writes a copy of a bundle that holds a tuning, and opens it as a device would.
+
+    A tuning for the same kind of processor and as many cores is replaced.
+
+    Args:
+        bundle: The one to copy; every byte of it is checked on the way.
+        out: An empty directory.
+        tuning: Of a variant that the bundle has, or of the one that is added.
+        added: A variant and its model, to stand after those that are there.
+
+    Raises:
+        BundleError: ``bundle`` is damaged.
+    """
+    manifest = bundle.manifest
+    contents = {entry.path: bundle.read(entry.path) for entry in manifest.files}
+    variants = manifest.variants
+    if added is not None:
+        variant, contents[variant.model] = added
+        variants = (*variants, variant)
+    for path, data in contents.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_bytes(data)
+    others = [
+        other
+        for other in manifest.tunings
+        if (other.processor, other.cores) != (tuning.processor, tuning.cores)
+    ]
+    data = encode_manifest(
+        msgspec.structs.replace(
+            manifest,
+            format_version=FORMAT_VERSION,
+            variants=variants,
+            tunings=(*others, tuning),
+            files=tuple(
+                FileEntry(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+                for path, data in contents.items()
+            ),
+        )
+    )
+    (out / MANIFEST).write_bytes(data)
+    (out / MANIFEST_HASH).write_text(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n")
+    written = Bundle.open(out)
+    written.verify()
+    return written
+
+
+def bring_back(target: Path) -> None:
+    """Brings back the bundle that a killed run had set aside to replace, if there is one."""
+    aside = _aside(target.resolve())
+    if aside.is_dir() and not target.exists():
+        aside.rename(target.resolve())
+
+
+class Replacing:
+    """The place of a bundle's directory, held until a new one is there. A context manager.
+
+    ``directory`` is where the new one is to be written, beside its place; ``publish`` puts it
+    there. Whatever happens in between, and at every moment, the old bundle can be used: on Linux
+    the two change places at once. Elsewhere the old one is set aside for the blink of an eye, and
+    if a run is killed in it, the next brings it back.
+
+    Args:
+        target: The bundle's directory; or one that is not there or empty.
+
+    Raises:
+        InputError: It cannot be written there, or another run is about to.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target.resolve()  # a link to the directory stays one
+        self._aside = _aside(self._target)
+        parent, prefix = self._target.parent, self._aside.name.removesuffix("aside")
+        self._lock = filelock.FileLock(parent / f"{prefix}lock")
+        try:
+            self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self.directory.chmod(0o755)
+            self._lock.acquire(timeout=0)
+            bring_back(self._target)
+            for left in parent.iterdir():
+                if left.name.startswith(prefix) and left.is_dir() and left != self.directory:
+                    shutil.rmtree(left)
+        except filelock.Timeout as exc:
+            self.directory.rmdir()
+            raise InputError(f"{target} is being tuned by another run; wait for its end") from exc
+        except OSError as exc:
+            raise InputError(
+                f"{target} cannot be written: {exc.strerror}; give another place with --out"
+            ) from exc
+
+    def publish(self) -> None:
+        """Puts what was written into its place; what was there is removed.
+
+        Raises:
+            ExportError: The disk cannot be written; what was there stays.
+        """
+        try:
+            if not self._target.exists():
+                self.directory.rename(self._target)
+            elif not _exchange(self.directory, self._target):
+                self._target.rename(self._aside)
+                try:
+                    self.directory.rename(self._target)
+                except BaseException:
+                    self._aside.rename(self._target)
+                    raise
+                shutil.rmtree(self._aside)
+        except OSError as exc:
+            raise ExportError(f"{self._target} cannot be replaced: {exc.strerror}") from exc
+
+    def __enter__(self) -> Replacing:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}.tuning-aside"
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two directories change places at once; returns whether the system can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)

@@ -1,0 +1,94 @@
+"""What a tuning tried and found, as tables for a terminal or a page."""
+
+from __future__ import annotations
+
+from edgebert_pipeline.markdown import table
+from edgebert_pipeline.race import Gain
+from edgebert_pipeline.tune import SettingsTrial, Trial, Tuned
+
+__all__ = ["render_tuned"]
+
+_GOALS = {
+    "both": "geometric mean of one text's latency and many texts' throughput",
+    "latency": "latency of one text",
+    "throughput": "throughput of many texts",
+}
+_VARIANTS = ("variant", "MB", "flips", "lost", "p50 ms", "texts/s", "times today's", "")
+_SETTINGS = ("tokens a batch", "a call's tokens", "batches", "texts/s", "times today's", "")
+
+
+def render_tuned(tuned: Tuned) -> str:
+    """Returns the tables, and what they came to."""
+    tuning = tuned.tuning
+    parts = [f"{tuning.processor}, {tuning.cores} cores; goal: {_GOALS[tuned.goal]}"]
+    parts.append(table(_VARIANTS, [_trial(trial, tuned) for trial in tuned.trials]))
+    if tuned.budget is None:
+        parts.append(
+            "No labelled rows were given, so nothing new was tried: nothing could show what it "
+            "answers. Only variants that are in the bundle competed, which were judged when it was "
+            "exported, and settings. With --data FILE, new ones compete, too."
+        )
+    if tuned.settings:
+        rows = [_settings(trial, tuned, first=i == 0) for i, trial in enumerate(tuned.settings)]
+        parts.append(table(_SETTINGS, rows))
+    parts.append(_outcome(tuned))
+    return "\n\n".join(parts)
+
+
+def _trial(trial: Trial, tuned: Tuned) -> tuple[str, ...]:
+    notes = ["today's"] if trial.name == tuned.today else ["new"] if trial.new else []
+    if trial.left_out is not None:
+        notes.append(trial.left_out)
+    if trial.name == tuned.tuning.variant:
+        notes.append("taken")
+    judged = trial.fidelity
+    return (
+        trial.name,
+        f"{trial.size_bytes / 1e6:.1f}" if trial.size_bytes else "-",
+        f"{judged.flips} ({judged.flips / judged.rows:.2%})" if judged else "-",
+        f"{judged.lost / judged.rows:+.2%}" if judged else "-",
+        "-" if trial.latency_p50_ms is None else f"{trial.latency_p50_ms:.2f}",
+        "-" if trial.throughput_texts_per_s is None else f"{trial.throughput_texts_per_s:.0f}",
+        "-" if trial.gain is None else _gain(trial.gain),
+        ", ".join(notes),
+    )
+
+
+def _settings(trial: SettingsTrial, tuned: Tuned, *, first: bool) -> tuple[str, ...]:
+    tuning = tuned.tuning
+    same = all(
+        getattr(trial, name) == getattr(tuning, name)
+        for name in ("batch_tokens", "call_tokens", "by_core")
+    )
+    return (
+        str(trial.batch_tokens),
+        str(trial.call_tokens),
+        "one a core" if trial.by_core else "on all cores",
+        f"{trial.throughput_texts_per_s:.0f}",
+        _gain(trial.gain),
+        ", ".join(["today's"] * first + ["taken"] * same),
+    )
+
+
+def _gain(gain: Gain) -> str:
+    return f"{gain.ratio:.2f} +- {gain.noise:.2f}"
+
+
+def _outcome(tuned: Tuned) -> str:
+    tuning, today = tuned.tuning, tuned.today
+    fits = next(trial for trial in tuned.trials if trial.name == today).left_out is None
+    if tuned.final is None:
+        return f"{today} stays, as it was: nothing was shown to be faster."
+    settled = (
+        f"{tuning.variant}, batches of at most {tuning.batch_tokens} tokens "
+        f"{'one a core' if tuning.by_core else 'on all cores'}"
+    )
+    final = f"{_gain(tuned.final)} times today's in the final rounds"
+    if tuned.final.shown:
+        return (
+            f"{settled}: {final}; {tuning.measured.latency_ratio:.2f} times as fast for one text, "
+            f"{tuning.measured.throughput_ratio:.2f} times for many."
+        )
+    if not fits:
+        return f"{settled}: {final}; {today} is faster, but not within the budget."
+    return f"{today} stays, as it was: the best of the others was {final}, which shows nothing."
