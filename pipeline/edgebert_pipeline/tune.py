@@ -3,7 +3,7 @@
 First the kernels: the bundle's variants for a CPU, and its FP32 model written anew for others
 (``edgebert_export.cpu_kernels``). Then, with the fastest, how many texts are computed. At the end
 the winner meets what the bundle runs today in rounds that nothing was chosen by; only if it is
-faster there, too, is it taken (docs/decisions/0019).
+faster there, too, is it taken (docs/decisions/0020).
 """
 
 from __future__ import annotations
