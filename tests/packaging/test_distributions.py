@@ -70,6 +70,8 @@ def test_the_full_wheel_holds_export_and_pipeline_and_not_the_runtime(
 ) -> None:
     expected = {*sources("edgebert_export"), *sources("edgebert_pipeline")}
     expected |= {"edgebert_export/py.typed", "edgebert_pipeline/py.typed"}
+    templates = ("page.html.j2", "flips.html.j2", "page.css", "page.js")
+    expected |= {f"edgebert_pipeline/templates/{name}" for name in templates}
     assert contents(wheels["edgebert"]) == expected
 
 

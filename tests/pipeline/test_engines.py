@@ -13,10 +13,12 @@ import edgebert_pipeline.engines as module
 from edgebert_export.engine import EngineConfig
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_export.write_bundle import VariantSource
-from edgebert_pipeline.engines import EngineLog, render_engines, run_engines
+from edgebert_pipeline.engines import EngineLog, run_engines
+from edgebert_pipeline.markdown import render_parts
 from edgebert_pipeline.report import Report
 from edgebert_pipeline.report_markdown import render_markdown
 from edgebert_pipeline.run import export
+from edgebert_pipeline.sections.made import engine_parts
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.engine import bundled_keys
 from edgebert_runtime.manifest import Profile
@@ -111,7 +113,8 @@ def test_engines_that_are_left_out_are_left_out_with_a_reason(
     assert found.sources == () and found.stage is None
     assert found.log.skipped is not None and said in found.log.skipped
     assert said in lines[0]
-    assert said in render_engines(found.log) and "1 to 64" in render_engines(found.log)
+    told = render_parts(engine_parts(found.log))
+    assert said in told and "1 to 64" in told
 
 
 def test_a_recipe_that_insists_is_refused_before_all_the_rest(

@@ -18,9 +18,11 @@ from edgebert_pipeline.answers import calibration_error, reliability
 from edgebert_pipeline.cli import main
 from edgebert_pipeline.evaluate import evaluate
 from edgebert_pipeline.gate import apply_gate, describe_breach
+from edgebert_pipeline.markdown import render_parts
 from edgebert_pipeline.recipe import GateConfig
-from edgebert_pipeline.report_markdown import render_comparisons, render_table
+from edgebert_pipeline.report_markdown import render_table
 from edgebert_pipeline.scores import Comparison, Evaluation, VariantScores
+from edgebert_pipeline.sections.differences import comparisons_table
 from edgebert_runtime import Classifier
 from edgebert_runtime.bench import Timing
 
@@ -229,7 +231,7 @@ def test_words_do_not_overclaim() -> None:
         first="c", second="d", only_first_correct=9, only_second_correct=40, p_value=1e-5
     )
     found = msgspec.structs.replace(evaluation(REFERENCE), comparisons=(small, large))
-    table = render_comparisons(found).splitlines()
+    table = render_parts([comparisons_table(found)]).splitlines()
     assert re.search(r"\| 12 +\| 8 +\| 0.5 +\| no difference shown at n = 1,000 +\|$", table[2])
     assert "-3.10%" in table[3]
     assert "shown: second is better" in table[3]

@@ -8,6 +8,7 @@ from edgebert_pipeline.report import Report
 
 __all__ = [
     "data_section",
+    "engine_parts",
     "engines_section",
     "environment_section",
     "gate_section",
