@@ -59,7 +59,7 @@ def render_compared_markdown(found: Compared) -> str:
 
 
 def _title(found: Compared) -> str:
-    names = list(dict.fromkeys(shorten(source.name) for source in found.sources))
+    names = list(dict.fromkeys(source.name for source in found.sources))
     many = len(found.sources)
     return f"{', '.join(names[:3])}: {many} report{'s' * (many > 1)} compared"
 
@@ -86,7 +86,7 @@ def _sections(found: Compared) -> list[Section]:
     sections = [Section("variants", "Side by side", _side_by_side(found))]
     if found.differences:
         parts: list[Part] = [differences_table(found), about_differences(found)]
-        sections.append(Section("differences", f"Against {shorten(found.baseline or '')}", parts))
+        sections.append(Section("differences", f"Against {found.baseline}", parts))
     if found.checks:
         sections.append(Section("checks", "Limits", (_checks(found.checks),)))
     charts = _by_length(found.sources)
@@ -140,8 +140,8 @@ def _side_by_side(found: Compared) -> list[Part]:
 def _row(source: Source, item: Measured) -> list[Cell | str]:
     accuracy = item.accuracy
     return [
-        Cell(shorten(source.label), mood="name"),
-        Cell(shorten(item.variant), mood="name"),
+        Cell(source.label, mood="name"),
+        Cell(item.variant, mood="name"),
         item.ran_on,
         f"{item.size_bytes / 1e6:.1f}",
         Cell("not measured", "", "muted")
@@ -181,11 +181,11 @@ def differences_table(found: Compared) -> Table:
 
 
 def _difference_row(item: Difference) -> list[Cell | str]:
-    name = shorten(item.variant)
+    name = item.variant
     if item.variant != item.baseline_variant:
-        name += f" (there {shorten(item.baseline_variant)})"
+        name += f" (there {item.baseline_variant})"
     return [
-        Cell(shorten(item.label), mood="name"),
+        Cell(item.label, mood="name"),
         Cell(name, mood="name"),
         *_accuracy_cells(item.accuracy),
         *_latency_cells(item.latency),
@@ -276,7 +276,7 @@ def _paired(sources: Sequence[Source]) -> Table:
             difference = (item.only_first_correct - item.only_second_correct) / count
             rows.append(
                 [
-                    shorten(source.label),
+                    source.label,
                     item.first,
                     item.second,
                     Cell(f"{difference:+.2%}", difference),
@@ -294,14 +294,14 @@ def _reports(sources: Sequence[Source]) -> Table:
     ]
     rows: list[list[Cell | str]] = [
         [
-            shorten(source.label),
+            source.label,
             source.kind,
-            shorten(source.name),
+            source.name,
             source.measured_at[:19],
             Cell((source.commit or "")[:_SHORT_HASH], mood="code"),
             Cell(source.bundle_digest[:_SHORT_HASH], mood="code"),
             source.machine,
-            shorten("; ".join(source.notes), 300),
+            "; ".join(source.notes),
         ]
         for source in sources
     ]
@@ -310,7 +310,7 @@ def _reports(sources: Sequence[Source]) -> Table:
 
 def _series(sources: Sequence[Source]) -> list[str]:
     """Returns what gets a colour: reports, if there are few enough."""
-    return [shorten(source.label) for source in sources[: len(COLOURS)]]
+    return [source.label for source in sources[: len(COLOURS)]]
 
 
 def _values(found: Compared) -> list[dict[str, object]]:
@@ -319,14 +319,14 @@ def _values(found: Compared) -> list[dict[str, object]]:
     for source, item in _variants(found.sources):
         if item.timing is None:
             continue
-        label = shorten(source.label)
+        label = source.label
         values.append(
             {
                 "report": label,
                 "series": label if label in known else "others",
-                "variant": shorten(item.variant),
+                "variant": item.variant,
                 "precision": item.precision,
-                "name": f"{label}: {shorten(item.variant)}",
+                "name": f"{label}: {item.variant}",
                 "p50": item.timing.latency_p50_ms,
                 "p90": item.timing.latency_p90_ms or item.timing.latency_p50_ms,
                 "p99": item.timing.latency_p99_ms,
@@ -466,7 +466,7 @@ def _by_length(sources: Sequence[Source]) -> list[Part]:
     fastest: list[tuple[str, Timing]] = []
     for source in sources:
         found = [
-            (f"{shorten(source.label)}: {shorten(item.variant)}", item.timing)
+            (f"{source.label}: {item.variant}", item.timing)
             for item in source.variants
             if item.timing is not None and item.timing.cells
         ]
