@@ -3,7 +3,7 @@
 ::
 
     OUT/
-      bundle/  report.json  report.md      what the user came for
+      bundle/  report.json  report.md  report.html    what the user came for
       .stages/<name>-<key>/                a finished stage's output; never changed
       .stages/work-<name>-<key>/           what a stage keeps between interrupted runs
       .stages/tmp-*                        of a run that is going on, or was killed

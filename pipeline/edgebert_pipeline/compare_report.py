@@ -10,6 +10,7 @@ from edgebert_pipeline.markdown import cell, render_parts, render_sections
 from edgebert_pipeline.page import render_page
 from edgebert_pipeline.parts import (
     COLOURS,
+    INK,
     MUTED,
     Cell,
     Chart,
@@ -223,7 +224,7 @@ def _latency_cells(found: LatencyRatio | None) -> list[Cell]:
 
 
 def _mood(shown: bool, better: bool) -> str:
-    return "muted" if not shown else "good" if better else "bad"
+    return f"{'muted' if not shown else 'good' if better else 'bad'} words"
 
 
 def about_differences(found: Compared) -> str:
@@ -382,7 +383,7 @@ def _accuracy_and_speed(found: Compared) -> Chart | None:
         "type": "quantitative",
         "title": "accuracy",
         "scale": {"zero": False},
-        "axis": {"format": ".2f"},
+        "axis": {"format": ".3f"},
     }
     hover = [
         *_HOVER,
@@ -390,6 +391,7 @@ def _accuracy_and_speed(found: Compared) -> Chart | None:
         {"field": "low", "title": "95 % from", "format": ".4f"},
         {"field": "high", "title": "to", "format": ".4f"},
     ]
+    legend = {"symbolFillColor": INK, "symbolStrokeColor": INK}
     return Chart(
         "Accuracy against latency",
         "Accuracy with 95 % intervals against median latency, of every variant that was timed and "
@@ -405,7 +407,10 @@ def _accuracy_and_speed(found: Compared) -> Chart | None:
                 },
                 {
                     "mark": {"type": "point", "size": 90, "opacity": 1},
-                    "encoding": {"y": y, "shape": {"field": "precision", "title": None}},
+                    "encoding": {
+                        "y": y,
+                        "shape": {"field": "precision", "title": None, "legend": legend},
+                    },
                 },
             ],
         },
