@@ -12,8 +12,9 @@ from itertools import combinations
 import msgspec
 
 from edgebert_pipeline.intervals import mcnemar, paired_difference, unpaired_difference
+from edgebert_pipeline.parts import shorten
 from edgebert_pipeline.report import GateCheck
-from edgebert_pipeline.sources import MeasuredAccuracy, Source
+from edgebert_pipeline.sources import LONGEST, MeasuredAccuracy, Source
 from edgebert_runtime.bench import Timing
 from edgebert_runtime.errors import InputError
 from edgebert_runtime.rows import unpack_right
@@ -185,7 +186,7 @@ def compare_sources(
 def _find(sources: Sequence[Source], baseline: str | None) -> Source:
     if baseline is None:
         return sources[0]
-    found = [s for s in sources if baseline in (s.label, s.path)]
+    found = [s for s in sources if baseline == s.path or shorten(baseline, LONGEST) == s.label]
     found = found or [s for s in sources if s.path == f"{baseline.rstrip('/')}/report.json"]
     if not found:
         labels = ", ".join(source.label for source in sources)

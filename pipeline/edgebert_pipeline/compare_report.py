@@ -10,6 +10,7 @@ from edgebert_pipeline.markdown import cell, render_parts, render_sections
 from edgebert_pipeline.page import render_page
 from edgebert_pipeline.parts import (
     COLOURS,
+    INK,
     MUTED,
     Cell,
     Chart,
@@ -59,7 +60,7 @@ def render_compared_markdown(found: Compared) -> str:
 
 
 def _title(found: Compared) -> str:
-    names = list(dict.fromkeys(shorten(source.name) for source in found.sources))
+    names = list(dict.fromkeys(source.name for source in found.sources))
     many = len(found.sources)
     return f"{', '.join(names[:3])}: {many} report{'s' * (many > 1)} compared"
 
@@ -86,7 +87,7 @@ def _sections(found: Compared) -> list[Section]:
     sections = [Section("variants", "Side by side", _side_by_side(found))]
     if found.differences:
         parts: list[Part] = [differences_table(found), about_differences(found)]
-        sections.append(Section("differences", f"Against {shorten(found.baseline or '')}", parts))
+        sections.append(Section("differences", f"Against {found.baseline}", parts))
     if found.checks:
         sections.append(Section("checks", "Limits", (_checks(found.checks),)))
     charts = _by_length(found.sources)
@@ -140,8 +141,8 @@ def _side_by_side(found: Compared) -> list[Part]:
 def _row(source: Source, item: Measured) -> list[Cell | str]:
     accuracy = item.accuracy
     return [
-        Cell(shorten(source.label), mood="name"),
-        Cell(shorten(item.variant), mood="name"),
+        Cell(source.label, mood="name"),
+        Cell(item.variant, mood="name"),
         item.ran_on,
         f"{item.size_bytes / 1e6:.1f}",
         Cell("not measured", "", "muted")
@@ -181,11 +182,11 @@ def differences_table(found: Compared) -> Table:
 
 
 def _difference_row(item: Difference) -> list[Cell | str]:
-    name = shorten(item.variant)
+    name = item.variant
     if item.variant != item.baseline_variant:
-        name += f" (there {shorten(item.baseline_variant)})"
+        name += f" (there {item.baseline_variant})"
     return [
-        Cell(shorten(item.label), mood="name"),
+        Cell(item.label, mood="name"),
         Cell(name, mood="name"),
         *_accuracy_cells(item.accuracy),
         *_latency_cells(item.latency),
@@ -223,7 +224,7 @@ def _latency_cells(found: LatencyRatio | None) -> list[Cell]:
 
 
 def _mood(shown: bool, better: bool) -> str:
-    return "muted" if not shown else "good" if better else "bad"
+    return f"{'muted' if not shown else 'good' if better else 'bad'} words"
 
 
 def about_differences(found: Compared) -> str:
@@ -276,7 +277,7 @@ def _paired(sources: Sequence[Source]) -> Table:
             difference = (item.only_first_correct - item.only_second_correct) / count
             rows.append(
                 [
-                    shorten(source.label),
+                    source.label,
                     item.first,
                     item.second,
                     Cell(f"{difference:+.2%}", difference),
@@ -294,14 +295,14 @@ def _reports(sources: Sequence[Source]) -> Table:
     ]
     rows: list[list[Cell | str]] = [
         [
-            shorten(source.label),
+            source.label,
             source.kind,
-            shorten(source.name),
+            source.name,
             source.measured_at[:19],
             Cell((source.commit or "")[:_SHORT_HASH], mood="code"),
             Cell(source.bundle_digest[:_SHORT_HASH], mood="code"),
             source.machine,
-            shorten("; ".join(source.notes), 300),
+            "; ".join(source.notes),
         ]
         for source in sources
     ]
@@ -310,7 +311,7 @@ def _reports(sources: Sequence[Source]) -> Table:
 
 def _series(sources: Sequence[Source]) -> list[str]:
     """Returns what gets a colour: reports, if there are few enough."""
-    return [shorten(source.label) for source in sources[: len(COLOURS)]]
+    return [source.label for source in sources[: len(COLOURS)]]
 
 
 def _values(found: Compared) -> list[dict[str, object]]:
@@ -319,14 +320,14 @@ def _values(found: Compared) -> list[dict[str, object]]:
     for source, item in _variants(found.sources):
         if item.timing is None:
             continue
-        label = shorten(source.label)
+        label = source.label
         values.append(
             {
                 "report": label,
                 "series": label if label in known else "others",
-                "variant": shorten(item.variant),
+                "variant": item.variant,
                 "precision": item.precision,
-                "name": f"{label}: {shorten(item.variant)}",
+                "name": f"{label}: {item.variant}",
                 "p50": item.timing.latency_p50_ms,
                 "p90": item.timing.latency_p90_ms or item.timing.latency_p50_ms,
                 "p99": item.timing.latency_p99_ms,
@@ -382,7 +383,7 @@ def _accuracy_and_speed(found: Compared) -> Chart | None:
         "type": "quantitative",
         "title": "accuracy",
         "scale": {"zero": False},
-        "axis": {"format": ".2f"},
+        "axis": {"format": ".3f"},
     }
     hover = [
         *_HOVER,
@@ -390,6 +391,7 @@ def _accuracy_and_speed(found: Compared) -> Chart | None:
         {"field": "low", "title": "95 % from", "format": ".4f"},
         {"field": "high", "title": "to", "format": ".4f"},
     ]
+    legend = {"symbolFillColor": INK, "symbolStrokeColor": INK}
     return Chart(
         "Accuracy against latency",
         "Accuracy with 95 % intervals against median latency, of every variant that was timed and "
@@ -405,7 +407,10 @@ def _accuracy_and_speed(found: Compared) -> Chart | None:
                 },
                 {
                     "mark": {"type": "point", "size": 90, "opacity": 1},
-                    "encoding": {"y": y, "shape": {"field": "precision", "title": None}},
+                    "encoding": {
+                        "y": y,
+                        "shape": {"field": "precision", "title": None, "legend": legend},
+                    },
                 },
             ],
         },
@@ -433,7 +438,7 @@ def _speed(found: Compared) -> Chart | None:
         "Median, 90th and 99th percentile of the latency of every variant that was timed; the "
         "figures are in the table above.",
         {
-            "height": {"step": 22},
+            "height": 22 * len(values),
             "data": {"values": values},
             "encoding": {
                 "y": y,
@@ -466,7 +471,7 @@ def _by_length(sources: Sequence[Source]) -> list[Part]:
     fastest: list[tuple[str, Timing]] = []
     for source in sources:
         found = [
-            (f"{shorten(source.label)}: {shorten(item.variant)}", item.timing)
+            (f"{source.label}: {item.variant}", item.timing)
             for item in source.variants
             if item.timing is not None and item.timing.cells
         ]

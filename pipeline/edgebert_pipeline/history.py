@@ -109,7 +109,7 @@ def render_history_markdown(history: History) -> str:
 
 
 def _title(history: History) -> str:
-    names = list(dict.fromkeys(shorten(source.name) for source in history.sources))
+    names = list(dict.fromkeys(source.name for source in history.sources))
     many = len(history.sources)
     return f"{', '.join(names[:3])}: {many} report{'s' * (many > 1)} over time"
 
@@ -118,7 +118,7 @@ def _lead(history: History) -> list[Part]:
     parts: list[Part] = []
     with_accuracy = [source for source in history.sources if source.knows_accuracy]
     changed = [
-        f"{shorten(now.label)} ({now.measured_at[:10]})"
+        f"{now.label} ({now.measured_at[:10]})"
         for before, now in pairwise(with_accuracy)
         if not now.same_rows(before)
     ]
@@ -150,7 +150,7 @@ def _sections(history: History) -> list[Section]:
         before = next((s for s in earlier if s.machine == latest.machine), earlier[0])
         compared = compare_sources([before, latest], allow_different_data=True)
         if compared.differences:
-            title = f"The latest, {shorten(latest.label)}, against {shorten(before.label)}"
+            title = f"The latest, {latest.label}, against {before.label}"
             rows = (differences_table(compared), about_differences(compared))
             sections.append(Section("latest", title, rows))
     parts: list[Part] = [_table(history.sources)]
@@ -175,9 +175,9 @@ def _table(sources: Sequence[Source]) -> Table:
         rows.append(
             [
                 Cell(source.measured_at[:16], mood="name"),
-                Cell(shorten(source.label), mood="name"),
+                Cell(source.label, mood="name"),
                 Cell((source.commit or "")[:12], mood="code"),
-                Cell(shorten(item.variant), mood="name"),
+                Cell(item.variant, mood="name"),
                 Cell("not measured", "", "muted")
                 if accuracy is None
                 else Cell(
@@ -191,7 +191,7 @@ def _table(sources: Sequence[Source]) -> Table:
                 ),
                 f"{item.size_bytes / 1e6:.1f}",
                 Cell((source.rows_sha256 or "")[:8], mood="code"),
-                Cell(shorten(source.machine), mood="name"),
+                Cell(source.machine, mood="name"),
             ]
         )
     return Table("", columns, rows)
@@ -208,7 +208,7 @@ def _charts(sources: Sequence[Source]) -> list[Part]:
     for source, item in _shipped(sources):
         value: dict[str, object] = {
             "time": source.measured_at,
-            "report": shorten(source.label),
+            "report": source.label,
             "commit": (source.commit or "")[:12],
             "variant": shorten(item.key),
             "machine": source.machine,

@@ -65,7 +65,8 @@ class Cell:
         text: What it shows.
         value: What its column is sorted by, if that is not ``text``.
         mood: ``good``, ``bad``, ``muted`` or ``code``: how it is set off; words must say what
-            colours say. A ``name`` is not broken into lines.
+            colours say. Beside it or alone, a ``name`` is not broken into lines, and ``words``
+            are given room.
     """
 
     text: str

@@ -1,7 +1,11 @@
-"""Reads reports of builds and of devices as one kind of thing: variants that were measured."""
+"""Reads reports of builds and of devices as one kind of thing: variants that were measured.
+
+Names are made fit to be shown here, once: printable, and not endless.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -9,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from edgebert_pipeline.intervals import wilson
+from edgebert_pipeline.parts import shorten
 from edgebert_pipeline.read_report import read_report
 from edgebert_pipeline.report import Report
 from edgebert_pipeline.scores import Comparison
@@ -16,7 +21,11 @@ from edgebert_runtime.bench import Timing
 from edgebert_runtime.device_report import DeviceReport, DeviceVariant, read_device_report
 from edgebert_runtime.errors import InputError
 
-__all__ = ["Measured", "MeasuredAccuracy", "Source", "read_source", "read_sources"]
+__all__ = ["LONGEST", "Measured", "MeasuredAccuracy", "Source", "read_source", "read_sources"]
+
+
+LONGEST = 200
+"""Of a label, in characters."""
 
 
 class MeasuredAccuracy(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,19 +136,22 @@ def read_sources(arguments: Sequence[str]) -> tuple[Source, ...]:
     short = [label for label, _ in named]
     found: list[Source] = []
     for label, path in named:
-        label = label if short.count(label) == 1 else str(path)
-        if any(source.label == label for source in found):
-            raise InputError(f"{label} is there twice; name each report once, or give LABEL=FILE")
-        found.append(read_source(path, label))
+        source = read_source(path, label if short.count(label) == 1 else str(path))
+        if any(other.label == source.label for other in found):
+            raise InputError(
+                f"{source.label} is there twice; name each report once, or give LABEL=FILE"
+            )
+        found.append(source)
     return tuple(found)
 
 
 def _named(argument: str) -> tuple[str, Path]:
     label, equals, file = argument.partition("=")
-    if equals and label and file and not Path(argument).exists():
-        return label, Path(file)
     path = Path(argument)
-    path = path / "report.json" if path.is_dir() else path
+    if equals and label and file and not os.path.exists(argument):  # noqa: PTH110 - any length
+        return label, Path(file)
+    if os.path.isdir(argument):  # noqa: PTH112
+        path = path / "report.json"
     stem = path.absolute().parent.name if path.name == "report.json" else path.stem
     return stem or str(path), path
 
@@ -150,11 +162,12 @@ def read_source(path: Path, label: str) -> Source:
     Raises:
         InputError: It cannot be read, or is neither.
     """
-    path = path / "report.json" if path.is_dir() else path
     try:
+        path = path / "report.json" if path.is_dir() else path
         data = path.read_bytes()
     except OSError as exc:
         raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
+    label = shorten(label, LONGEST)
     if b'"device_report_version"' in data[:4096]:
         return _of_device(read_device_report(data, str(path)), path, label)
     return _of_build(read_report(path), path, label)
@@ -172,17 +185,17 @@ def _of_build(report: Report, path: Path, label: str) -> Source:
         label=label,
         path=str(path),
         kind="build",
-        name=report.name,
+        name=shorten(report.name),
         measured_at=report.measured_at,
         commit=report.commit,
         bundle_digest=report.bundle_digest,
-        machine=machine,
+        machine=shorten(machine, LONGEST),
         notes=(),
         rows_sha256=evaluation.rows_sha256,
         data_sha256=report.data.sha256,
         variants=tuple(
             Measured(
-                variant=item.full_name,
+                variant=shorten(item.full_name),
                 key=item.name if item in shipped else item.full_name,
                 shipped=item in shipped,
                 precision=item.precision,
@@ -227,12 +240,12 @@ def _of_device(report: DeviceReport, path: Path, label: str) -> Source:
         label=label,
         path=str(path),
         kind="device",
-        name=report.name,
+        name=shorten(report.name),
         measured_at=report.measured_at,
         commit=None,
         bundle_digest=report.bundle_digest,
-        machine=", ".join(parts),
-        notes=tuple(notes),
+        machine=shorten(", ".join(parts), LONGEST),
+        notes=tuple(shorten(note, LONGEST) for note in notes),
         rows_sha256=report.rows_sha256,
         data_sha256=None,
         variants=tuple(_of_variant(item) for item in report.variants),
@@ -253,7 +266,7 @@ def _of_variant(item: DeviceVariant) -> Measured:
             right_rows=item.accuracy.right_rows,
         )
     return Measured(
-        variant=item.name,
+        variant=shorten(item.name),
         key=item.name,
         shipped=True,
         precision=item.precision,

@@ -350,6 +350,9 @@ def test_reports_are_called_after_their_files_or_as_the_user_says(
     assert labels == ["main", "pr", "new"]
     alike = [s.label for s in read_sources([str(paths[1]), str(paths[2])])]
     assert alike == [str(paths[1]), str(paths[2])]
+    endless = run("x" * 10_000)
+    assert endless.exit_code == 2
+    assert "cannot be read: File name too long" in endless.stderr
     twice = run(paths[0], paths[0])
     assert twice.exit_code == 2
     assert "is there twice" in twice.stderr
