@@ -46,7 +46,7 @@ def variants_section(report: Report) -> Section:
             "with Wilson's 95 % interval; always giving the commonest answer would reach "
             f"{evaluation.baseline_accuracy:.4f}. *Flips* are test rows that a variant "
             f"answers unlike its own model's reference.{on_gpu}",
-            _speed_and_accuracy(report),
+            *([_speed_and_accuracy(report)] if pareto_front(evaluation) else []),
             _sizes(evaluation),
         ),
     )
@@ -177,6 +177,8 @@ def _speed_and_accuracy(report: Report) -> Chart:
     ]
     ends = min(p["p50"] for p in points), max(p["p50"] for p in points)
     middle = math.sqrt(ends[0] * ends[1]) if spread > 8 else sum(ends) / 2
+    for rank, point in enumerate(sorted(points, key=lambda item: item["p50"])):
+        point |= {"right": point["p50"] > middle, "below": rank % 2}  # of it, so names have room
     precisions = [p for p in _SHAPES if any(item["precision"] == p for item in points)]
     spec = {
         "height": 340,
@@ -225,20 +227,16 @@ def _speed_and_accuracy(report: Report) -> Chart:
                     "tooltip": hover,
                 },
             },
-            *(
-                {
-                    "transform": [{"filter": f"datum.p50 {side} {middle}"}],
-                    "mark": {
-                        "type": "text",
-                        "align": align,
-                        "dx": dx,
-                        "dy": -9,
-                        "opacity": {"expr": "width > 400 ? 1 : 0"},  # they collide on a phone
-                    },
-                    "encoding": {"text": {"field": "text"}},
-                }
-                for side, align, dx in (("<=", "left", 9), (">", "right", -9))
-            ),
+            {
+                "mark": {
+                    "type": "text",
+                    "align": {"expr": "datum.right ? 'right' : 'left'"},
+                    "dx": {"expr": "datum.right ? -9 : 9"},
+                    "dy": {"expr": "datum.below ? 14 : -9"},
+                    "opacity": {"expr": "width > 400 ? 1 : 0"},  # they collide on a phone
+                },
+                "encoding": {"text": {"field": "text"}},
+            },
         ],
     }
     names = ", ".join(
