@@ -13,6 +13,7 @@
     legend: {
       labelColor: "var(--ink)", titleColor: "var(--muted)", titleFontWeight: "normal",
       labelFontSize: 12, titleFontSize: 12, orient: "top", symbolStrokeWidth: 2, columns: 2,
+      symbolBaseFillColor: "var(--ink)",
       labelLimit: 220, offset: 4, layout: { top: { direction: "vertical", margin: 6 } },
     },
     text: { color: "var(--ink)", fontSize: 12 },
