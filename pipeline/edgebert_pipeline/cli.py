@@ -115,9 +115,9 @@ def export(
     if refused:
         raise GateRefusedError(
             f"the gate refused this build; it is in {out / 'bundle.refused'}, the report in "
-            f"{out / 'report.md'}"
+            f"{out / 'report.html'}"
         )
-    click.echo(f"bundle: {out / 'bundle'}   report: {out / 'report.md'}", err=True)
+    click.echo(f"bundle: {out / 'bundle'}   report: {out / 'report.html'}", err=True)
 
 
 def _warn_if_nothing_is_learnt(evaluation: Evaluation) -> None:
@@ -190,7 +190,7 @@ def distill(
     if report is not None and is_leader():
         click.echo(render_table(report.evaluation))
         _warn_if_nothing_is_learnt(report.evaluation)
-        click.echo(f"student: {out}   report: {out / 'report.md'}", err=True)
+        click.echo(f"student: {out}   report: {out / 'report.html'}", err=True)
 
 
 @main.command(short_help="Measure a bundle on labelled rows of a file.")

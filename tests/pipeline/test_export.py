@@ -82,6 +82,7 @@ def test_a_recipe_becomes_a_bundle_that_the_runtime_serves(
     labels = set(report.task.labels)
     assert all(set(prediction.labels) <= labels for prediction in predictions)
     assert Bundle.open(out / "bundle").digest == report.bundle_digest
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     written = read_report(out)
     assert written["bundle_digest"] == report.bundle_digest
     assert stage_directories(out) == {

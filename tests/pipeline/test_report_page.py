@@ -21,6 +21,7 @@ from edgebert_pipeline.report import Report
 from edgebert_pipeline.report_html import render_html
 from edgebert_pipeline.report_markdown import render_markdown
 from edgebert_pipeline.scores import FlippedRow, Flips, GivenAnswer
+from edgebert_pipeline.sections.names import place_names
 
 REPORT = Path(__file__).parent / "reports" / "version-4.json"
 MOST_BYTES = 3_000_000
@@ -398,3 +399,15 @@ def test_a_chart_that_cannot_be_drawn_says_so(browser: Any, tmp_path: Path) -> N
         lambda found: found.find_element(By.CSS_SELECTOR, ".plot.failed")
     )
     assert "cannot be drawn" in failed.text
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_names_of_points_at_one_place_go_around_it_and_the_others_are_left_out(log: bool) -> None:
+    found = place_names([(10, 0.5)] * 9, ["variant"] * 9, (1, 100), (0, 1), log=log)
+    assert {*found[:4]} == {(left, below) for left in (False, True) for below in (False, True)}
+    assert found[4:] == [None] * 5
+    apart = place_names([(2, 0.1), (50, 0.9)], ["one", "two"], (1, 100), (0, 1), log=log)
+    assert None not in apart
+    at_the_edge = place_names([(100, 0.5)], ["variant"], (1, 100), (0, 1), log=log)
+    assert at_the_edge[0] is not None
+    assert at_the_edge[0][0]  # to the left: on the right it would be cut

@@ -106,7 +106,7 @@ def _trials(log: GpuLog) -> Table:
     ]
     return Table(
         "How to choose the scales of int8-gpu, all that was tried",
-        [Column("calibrator"), Column("smoothed"), *_FIDELITY, Column("taken")],
+        [Column("calibrator"), Column("smoothed"), *_FIDELITY, Column("chosen")],
         rows,
         frozenset() if log.chosen is None else frozenset([log.chosen]),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,10 @@ from edgebert_pipeline.parts import (
 )
 from edgebert_pipeline.report import Report
 from edgebert_pipeline.scores import TEACHER, Evaluation, VariantScores
+from edgebert_pipeline.sections.names import place_names
 
 __all__ = ["pareto_front", "variants_section", "variants_table"]
 
-_MOST_NAMED = 9
 _SHAPES = {"fp32": "circle", "fp16": "diamond", "int8": "square"}
 
 
@@ -46,7 +45,7 @@ def variants_section(report: Report) -> Section:
             "with Wilson's 95 % interval; always giving the commonest answer would reach "
             f"{evaluation.baseline_accuracy:.4f}. *Flips* are test rows that a variant "
             f"answers unlike its own model's reference.{on_gpu}",
-            _speed_and_accuracy(report),
+            *([_speed_and_accuracy(report)] if pareto_front(evaluation) else []),
             _sizes(evaluation),
         ),
     )
@@ -126,8 +125,8 @@ def _speed_and_accuracy(report: Report) -> Chart:
     evaluation = report.evaluation
     front = pareto_front(evaluation)
     points: list[dict[str, Any]] = []
-    named = sum(v.timing is not None for v in evaluation.variants) <= _MOST_NAMED
-    for v in evaluation.variants:
+    first = [v for v in evaluation.shipped if v.full_name == report.recommended.variant]
+    for v in [*first, *(v for v in evaluation.variants if v not in first)]:  # it is named first
         if v.timing is None:
             continue
         t = v.timing
@@ -143,9 +142,6 @@ def _speed_and_accuracy(report: Report) -> Chart:
                 "low": v.accuracy_low,
                 "high": v.accuracy_high,
                 "size": v.size_bytes / 1e6,
-                "text": v.full_name
-                if named or evaluation.is_reference(v) or v.full_name == report.recommended.variant
-                else "",
                 "place": "on the Pareto front" if v in front else "behind the Pareto front",
             }
         )
@@ -175,8 +171,16 @@ def _speed_and_accuracy(report: Report) -> Chart:
         {"field": "size", "title": "MB", "format": ".1f"},
         {"field": "place", "title": "it is"},
     ]
-    ends = min(p["p50"] for p in points), max(p["p50"] for p in points)
-    middle = math.sqrt(ends[0] * ends[1]) if spread > 8 else sum(ends) / 2
+    places = place_names(
+        [(p["p50"], p["accuracy"]) for p in points],
+        [p["name"] for p in points],
+        (min(p["fastest"] for p in points), max(p["slowest"] for p in points)),
+        (min(p["low"] for p in points), max(p["high"] for p in points)),
+        log=spread > 8,
+    )
+    for point, place in zip(points, places, strict=True):
+        to_left, below = place or (False, False)
+        point |= {"text": point["name"] if place else "", "right": to_left, "below": below}
     precisions = [p for p in _SHAPES if any(item["precision"] == p for item in points)]
     spec = {
         "height": 340,
@@ -225,20 +229,16 @@ def _speed_and_accuracy(report: Report) -> Chart:
                     "tooltip": hover,
                 },
             },
-            *(
-                {
-                    "transform": [{"filter": f"datum.p50 {side} {middle}"}],
-                    "mark": {
-                        "type": "text",
-                        "align": align,
-                        "dx": dx,
-                        "dy": -9,
-                        "opacity": {"expr": "width > 400 ? 1 : 0"},  # they collide on a phone
-                    },
-                    "encoding": {"text": {"field": "text"}},
-                }
-                for side, align, dx in (("<=", "left", 9), (">", "right", -9))
-            ),
+            {
+                "mark": {
+                    "type": "text",
+                    "align": {"expr": "datum.right ? 'right' : 'left'"},
+                    "dx": {"expr": "datum.right ? -9 : 9"},
+                    "dy": {"expr": "datum.below ? 15 : -9"},
+                    "opacity": {"expr": "width > 400 ? 1 : 0"},  # they collide on a phone
+                },
+                "encoding": {"text": {"field": "text"}},
+            },
         ],
     }
     names = ", ".join(

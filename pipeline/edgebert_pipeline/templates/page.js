@@ -1,5 +1,5 @@
 "use strict";
-// Draws the charts, lets tables be sorted, and opens what is folded away before printing.
+// Draws the charts, sorts tables, filters rows, and opens what is folded away before printing.
 (() => {
   const look = {
     background: null,
@@ -13,6 +13,7 @@
     legend: {
       labelColor: "var(--ink)", titleColor: "var(--muted)", titleFontWeight: "normal",
       labelFontSize: 12, titleFontSize: 12, orient: "top", symbolStrokeWidth: 2, columns: 2,
+      symbolBaseFillColor: "var(--ink)",
       labelLimit: 220, offset: 4, layout: { top: { direction: "vertical", margin: 6 } },
     },
     text: { color: "var(--ink)", fontSize: 12 },
@@ -91,6 +92,16 @@
     form.hidden = false;
     apply();
   }
+
+  // The section that is being read is marked in the list of sections.
+  const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+  const watch = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) links.get(target.id)?.setAttribute("aria-current", "true");
+      else links.get(target.id)?.removeAttribute("aria-current");
+    }
+  }, { rootMargin: "0px 0px -75% 0px" });
+  for (const section of document.querySelectorAll("section")) watch.observe(section);
 
   addEventListener("beforeprint", () => {
     for (const folded of document.querySelectorAll("details:not([open])")) {
