@@ -1,7 +1,7 @@
 """Times ways to compute the same texts against each other, and says which is shown to be faster.
 
 All take turns, round by round, and what counts is the ratio within a round: a machine whose speed
-drifts slows all of them alike. A difference counts if it is larger than what the rounds differ by.
+drifts slows all of them alike. A difference counts if it holds in too many rounds for chance.
 
 Each turn begins with a rest. ONNX Runtime's threads go on looking for work for some 50 ms after the
 last call, and whoever comes next would share the cores with those of the one before.
@@ -30,7 +30,7 @@ __all__ = ["Gain", "Goal", "Runner", "Speed", "call_tokens", "time_rounds", "tim
 
 Goal = Literal["both", "latency", "throughput"]
 
-_LEAST_GAIN = 0.02
+_LEAST_RATIO, _BY_CHANCE = 1.02, 0.02
 _CALLS = 30
 _REST_S = 0.1
 _MOST_CALL_TOKENS = 2048
@@ -41,22 +41,34 @@ class Gain(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         ratio: Its speed over the other's in the same round; the median round.
-        noise: Twice the median distance of the rounds' ratios from that one.
+        faster: Rounds in which it was faster.
+        rounds: Of how many.
     """
 
     ratio: float
-    noise: float
+    faster: int
+    rounds: int
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Gain:
         """Sums up the ratios of rounds."""
-        middle = statistics.median(ratios)
-        return cls(ratio=middle, noise=2 * statistics.median(abs(r - middle) for r in ratios))
+        faster = sum(ratio > 1 for ratio in ratios)
+        return cls(ratio=statistics.median(ratios), faster=faster, rounds=len(ratios))
+
+    @property
+    def promising(self) -> bool:
+        """Whether it is faster by more than two per cent, if the rounds can be believed."""
+        return self.ratio > _LEAST_RATIO
 
     @property
     def shown(self) -> bool:
-        """Whether it is faster by more than the noise, and by more than two per cent."""
-        return self.ratio - 1 > max(self.noise, _LEAST_GAIN)
+        """Whether the rounds can be believed, too: a sign test, one-sided.
+
+        If neither were faster, it would be faster in so many rounds, or more, in at most 2 % of
+        such races; that takes 6 rounds at least. Noise has any shape here, and this asks for none.
+        """
+        as_many = sum(math.comb(self.rounds, k) for k in range(self.faster, self.rounds + 1))
+        return self.promising and as_many / 2**self.rounds <= _BY_CHANCE
 
 
 class _Kept:

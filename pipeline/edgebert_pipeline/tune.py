@@ -39,7 +39,7 @@ from edgebert_runtime.processor import processor_kind, usable_cores
 
 __all__ = ["SettingsTrial", "Trial", "Tuned", "open_to_tune", "tune"]
 
-_ROUNDS, _FINAL_ROUNDS = 5, 9
+_ROUNDS, _FINAL_ROUNDS = 5, 21
 _SINGLE_TEXTS, _MANY_TEXTS = 100, 1024
 _BATCH_TOKENS = (128, 256, 512, 1024, 2048)
 
@@ -97,7 +97,7 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
         trials: Every variant that was tried.
         settings: Every setting that was tried, those that hold today first.
         final: The winner with its settings over what the bundle runs today, in rounds of their
-            own; ``None`` if nothing was shown to be faster before.
+            own; ``None`` if nothing was promising before.
         tuning: What was found: the winner, or what the bundle ran here anyway.
         digest: Of the bundle that was written; ``None`` if none was.
     """
@@ -368,14 +368,14 @@ class _Run:
             )
 
     def _best_model(self) -> str:
-        """The fastest that fits: shown to be faster than today's, unless that does not fit."""
+        """The fastest that fits: promising beside today's, unless that does not fit."""
         gains = {
             name: trial.gain
             for name, trial in self._trials.items()
             if trial.gain is not None and self._fits(name)
         }
         if self._fits(self._today):
-            gains = {name: gain for name, gain in gains.items() if gain.shown}
+            gains = {name: gain for name, gain in gains.items() if gain.promising}
         return max(gains, key=lambda name: gains[name].ratio, default=self._today)
 
     def _time_settings(self, runner: Runner) -> list[SettingsTrial]:
@@ -447,9 +447,9 @@ class _Run:
 
 
 def _best_settings(trials: Sequence[SettingsTrial]) -> CpuSettings | None:
-    """The settings with the highest throughput, if they are shown to be faster than today's."""
-    shown = [trial for trial in trials if trial.gain.shown]
-    best = max(shown, key=lambda trial: trial.gain.ratio, default=None)
+    """The settings with the highest throughput, if they are promising beside today's."""
+    promising = [trial for trial in trials if trial.gain.promising]
+    best = max(promising, key=lambda trial: trial.gain.ratio, default=None)
     if best is None:
         return None
     return CpuSettings(best.batch_tokens, best.call_tokens, best.by_core)

@@ -49,7 +49,7 @@ def _trial(trial: Trial, tuned: Tuned) -> tuple[str, ...]:
         f"{judged.lost / judged.rows:+.2%}" if judged else "-",
         "-" if trial.latency_p50_ms is None else f"{trial.latency_p50_ms:.2f}",
         "-" if trial.throughput_texts_per_s is None else f"{trial.throughput_texts_per_s:.0f}",
-        "-" if trial.gain is None else _gain(trial.gain),
+        "-" if trial.gain is None or trial.name == tuned.today else _gain(trial.gain),
         ", ".join(notes),
     )
 
@@ -65,25 +65,29 @@ def _settings(trial: SettingsTrial, tuned: Tuned, *, first: bool) -> tuple[str, 
         str(trial.call_tokens),
         "one a core" if trial.by_core else "on all cores",
         f"{trial.throughput_texts_per_s:.0f}",
-        _gain(trial.gain),
+        "-" if first else _gain(trial.gain),
         ", ".join(["today's"] * first + ["taken"] * same),
     )
 
 
 def _gain(gain: Gain) -> str:
-    return f"{gain.ratio:.2f} +- {gain.noise:.2f}"
+    return f"{gain.ratio:.2f} ({gain.faster} of {gain.rounds} rounds)"
 
 
 def _outcome(tuned: Tuned) -> str:
     tuning, today = tuned.tuning, tuned.today
     fits = next(trial for trial in tuned.trials if trial.name == today).left_out is None
     if tuned.final is None:
-        return f"{today} stays, as it was: nothing was shown to be faster."
+        return f"{today} stays, as it was: nothing was faster by more than 2 %."
     settled = (
         f"{tuning.variant}, batches of at most {tuning.batch_tokens} tokens "
         f"{'one a core' if tuning.by_core else 'on all cores'}"
     )
-    final = f"{_gain(tuned.final)} times today's in the final rounds"
+    gain = tuned.final
+    final = (
+        f"{gain.ratio:.2f} times today's speed in the final rounds, faster in {gain.faster} of "
+        f"{gain.rounds}"
+    )
     if tuned.final.shown:
         return (
             f"{settled}: {final}; {tuning.measured.latency_ratio:.2f} times as fast for one text, "
@@ -91,4 +95,4 @@ def _outcome(tuned: Tuned) -> str:
         )
     if not fits:
         return f"{settled}: {final}; {today} is faster, but not within the budget."
-    return f"{today} stays, as it was: the best of the others was {final}, which shows nothing."
+    return f"{today} stays, as it was: the best of the rest had {final}, which shows nothing."
