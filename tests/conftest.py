@@ -35,6 +35,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps the tests, and the processes that they start, out of the user's cache."""
     os.environ["EDGEBERT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("user-cache"))
 
 
 TASKS = {

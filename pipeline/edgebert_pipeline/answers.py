@@ -140,7 +140,10 @@ def _by_label(answers: Answers) -> dict[str, Any]:
         return np.hstack([each, each.mean(axis=1, keepdims=True)])
 
     (found,) = f1(counts.sum(axis=0, keepdims=True, dtype=np.float64))
-    intervals = bootstrap(counts, f1)
+    intervals = [
+        (None, None) if np.isnan(low) else (float(low), float(high))
+        for low, high in bootstrap(counts, f1)
+    ]
     labels = []
     for index, label in enumerate(answers.task.labels):
         hits, given, rows = (
@@ -155,15 +158,15 @@ def _by_label(answers: Answers) -> dict[str, Any]:
                 precision=hits / given if given else 0.0,
                 recall=hits / rows if rows else 0.0,
                 f1=float(found[index]),
-                f1_low=float(intervals[index, 0]),
-                f1_high=float(intervals[index, 1]),
+                f1_low=intervals[index][0],
+                f1_high=intervals[index][1],
             )
         )
     return {
         "labels": tuple(labels),
         "macro_f1": float(found[-1]),
-        "macro_f1_low": float(intervals[-1, 0]),
-        "macro_f1_high": float(intervals[-1, 1]),
+        "macro_f1_low": intervals[-1][0],
+        "macro_f1_high": intervals[-1][1],
     }
 
 

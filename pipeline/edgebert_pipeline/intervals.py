@@ -98,7 +98,8 @@ def bootstrap(
         seed: Of the draws.
 
     Returns:
-        ``float64[statistics, 2]``: low and high.
+        ``float64[statistics, 2]``: low and high. NaN where both are the same, as on a few rows
+        that are all right: the draws say nothing of other rows then.
     """
     # Rows that count alike are interchangeable: how often each kind is drawn is all that matters.
     packed = np.ascontiguousarray(np.packbits(values, axis=1))
@@ -108,4 +109,5 @@ def bootstrap(
     drawn = np.random.default_rng(seed).multinomial(rows, counts / rows, size=_RESAMPLES)
     found = statistic(drawn.astype(np.float64) @ values[first])
     low_and_high: NDArray[np.float64] = np.percentile(found, (2.5, 97.5), axis=0).T
+    low_and_high[low_and_high[:, 0] == low_and_high[:, 1]] = np.nan
     return low_and_high

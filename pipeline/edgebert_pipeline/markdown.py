@@ -13,17 +13,34 @@ __all__ = ["cell", "render_parts", "render_sections", "table"]
 
 
 _MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
-_MEANING = re.compile(r"([|*`\[])")
+_MEANING = re.compile(r"([\\|*`\[])")
+_LINK = re.compile(r"([\\\[])")
+_CODE = re.compile(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)")  # as CommonMark finds it
+_BLOCK = re.compile(r"[#>|]|~~~|```|[-+] ")
 
 
 def _escape(text: str) -> str:
-    """Keeps a text from being taken for HTML."""
-    return _MARKUP.sub(lambda found: {"<": "&lt;", "&": "&amp;"}[found.group()], text)
+    """Keeps a text from being taken for HTML, for several lines, or for a call of somebody."""
+    text = _MARKUP.sub(lambda found: {"<": "&lt;", "&": "&amp;"}[found.group()], text)
+    return " ".join(text.replace("@", "@\u200b").split())
 
 
 def cell(text: str) -> str:
     """Keeps a label or a version from breaking out of its table cell, or meaning anything else."""
-    return " ".join(_escape(_MEANING.sub(r"\\\1", text)).split())
+    return _escape(_MEANING.sub(r"\\\1", text))
+
+
+def _sentence(text: str) -> str:
+    """Keeps the names in a sentence from being links, images or blocks.
+
+    Code, strong and emphasis are what sentences are written with.
+    """
+    text, parts, end = " ".join(text.split()), [], 0
+    for code in _CODE.finditer(text):
+        parts += [_LINK.sub(r"\\\1", text[end : code.start()]), code.group()]
+        end = code.end()
+    escaped = _escape("".join([*parts, _LINK.sub(r"\\\1", text[end:])]))
+    return f"\\{escaped}" if _BLOCK.match(escaped) else escaped
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -53,17 +70,17 @@ def _blocks(part: Part) -> Iterator[str]:
     if isinstance(part, Markup):
         return
     if isinstance(part, str):
-        yield _escape(part)
+        yield _sentence(part)
     elif isinstance(part, Heading):
         yield f"### {cell(part.text)}"
     elif isinstance(part, Notice):
-        yield _escape(part.text)
+        yield _sentence(part.text)
     elif isinstance(part, Facts):
-        rows = [(cell(f.name), cell(f.value), _escape(f.note)) for f in part.facts]
+        rows = [(cell(f.name), cell(f.value), cell(f.note)) for f in part.facts]
         yield table(("", "", ""), rows)
     elif isinstance(part, Table):
         if part.caption:
-            yield f"{_escape(part.caption)}:"
+            yield f"{_sentence(part.caption)}:"
         yield table(
             [cell(column.name) for column in part.columns],
             [[_cell(item) for item in row] for row in part.rows],

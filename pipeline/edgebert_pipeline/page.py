@@ -2,7 +2,8 @@
 
 Every text is escaped, wherever it comes from; what is meant as HTML is ``Markup``. A page brings
 its scripts with it and forbids the browser everything else (a content security policy with the
-hashes of these scripts), so even a mistake in escaping runs nothing and sends nothing.
+hashes of these scripts): a mistake in escaping would run no script and load nothing, though it
+could still show a link or lead to another page.
 """
 
 from __future__ import annotations

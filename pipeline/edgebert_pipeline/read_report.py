@@ -18,12 +18,13 @@ from edgebert_runtime.errors import InputError
 __all__ = ["read_report"]
 
 _MALFORMED = (
-    msgspec.ValidationError,
+    msgspec.MsgspecError,
+    ArithmeticError,
     AttributeError,
-    KeyError,
+    LookupError,
     RecursionError,
     TypeError,
-    ZeroDivisionError,
+    ValueError,
 )
 
 

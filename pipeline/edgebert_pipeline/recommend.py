@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edgebert_pipeline.gate import keeps_all
 from edgebert_pipeline.report import GateCheck, Recommendation
 from edgebert_pipeline.scores import Evaluation, VariantScores
 from edgebert_runtime.bench import Timing
@@ -14,14 +15,14 @@ __all__ = ["recommend"]
 def recommend(evaluation: Evaluation, gate: Sequence[GateCheck]) -> Recommendation:
     """Chooses among the variants in the bundle that were timed.
 
-    One that the gate refuses, or that the paired test shows to be less accurate than its
-    reference, is not recommended. Of the others, the one with the lowest median latency is; where
+    One that breaks a limit of the gate, or that the paired test shows to be less accurate than its
+    reference, is not recommended; the reference is held to the limits that the gate spares it,
+    too. Of the others, the one with the lowest median latency is; where
     rounds overlap with those of the fastest, the smallest of them.
     """
     timed = {v.full_name: v.timing for v in evaluation.shipped if v.timing is not None}
     if not timed:
         return Recommendation(variant=None, reason="No variant in the bundle was timed.")
-    refused = {check.variant for check in gate if not check.passed}
     reference = evaluation.reference(evaluation.variants[0].model)
     worse = {
         item.first
@@ -33,11 +34,13 @@ def recommend(evaluation: Evaluation, gate: Sequence[GateCheck]) -> Recommendati
     left = [
         v
         for v in evaluation.shipped
-        if v.full_name in timed and v.name not in refused and v.full_name not in worse
+        if v.full_name in timed and v.full_name not in worse and keeps_all(evaluation, v, gate)
     ]
     if not left:
         return Recommendation(
-            variant=None, reason="The gate refuses every variant that could be recommended."
+            variant=None,
+            reason="Every variant that was timed breaks a limit of the gate, or is shown to be "
+            f"less accurate than {reference.name}.",
         )
     fastest = min((timed[v.full_name] for v in left), key=lambda timing: timing.latency_p50_ms)
     best = min(

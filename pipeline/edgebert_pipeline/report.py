@@ -105,7 +105,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         report_version: Of this format.
         name: Name of the model.
         measured_at: When measuring ended (UTC, ISO 8601).
-        commit: Of the repository that the recipe lies in, with ``-dirty`` if files were changed
+        commit: Of the repository that the recipe lies in, whether or not files were changed
             since; ``None`` if it lies in none, or before version 4.
         bundle_digest: SHA-256 of the bundle's manifest: exactly what was measured.
         task: What it answers.
@@ -133,7 +133,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     data: DataSummary
     training: TrainingLog | None
     distillation: Distillation | None
-    models: dict[str, ModelSummary]
+    models: Annotated[dict[str, ModelSummary], Meta(min_length=1)]
     quantisation: dict[str, Quantisation]
     engines: EngineLog
     budget: Budget | None

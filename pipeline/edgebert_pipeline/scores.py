@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from edgebert_runtime.bench import Timing
 from edgebert_runtime.encoder import Text
+from edgebert_runtime.rows import unpack_right
 
 __all__ = [
     "HARD_LABEL",
@@ -22,6 +26,9 @@ __all__ = [
     "VariantScores",
     "full_name",
 ]
+
+_Count = Annotated[int, Meta(ge=0)]
+_AtLeastOne = Annotated[int, Meta(ge=1)]
 
 MODEL, STUDENT, TEACHER, HARD_LABEL = "model", "student", "teacher", "hard-label"
 """What a model is in the chain: the only one, or one of those that distilling brings."""
@@ -43,19 +50,24 @@ class LabelScores(msgspec.Struct, frozen=True, kw_only=True):
         precision: ``right`` over ``given``; 0 if it was never given.
         recall: ``right`` over ``rows``; 0 if it never applies.
         f1: Harmonic mean of the two.
-        f1_low: Lower end of its 95 % interval (bootstrap); ``None`` before version 4.
+        f1_low: Lower end of its 95 % interval (bootstrap); ``None`` before version 4, and where
+            draws do not differ enough for one, as on a few rows that are all right.
         f1_high: Upper end of it.
     """
 
     label: str
-    rows: int
-    given: int | None = None
-    right: int | None = None
+    rows: _Count
+    given: _Count | None = None
+    right: _Count | None = None
     precision: float
     recall: float
     f1: float
     f1_low: float | None = None
     f1_high: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.right or 0) > min(self.rows, self.rows if self.given is None else self.given):
+            raise ValueError(f"more right answers of label {self.label!r:.80} than answers or rows")
 
 
 class ReliabilityBin(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,9 +83,13 @@ class ReliabilityBin(msgspec.Struct, frozen=True, kw_only=True):
 
     low: float
     high: float
-    answers: int
+    answers: _AtLeastOne
     confidence: float
-    correct: int
+    correct: _Count
+
+    def __post_init__(self) -> None:
+        if self.correct > self.answers:
+            raise ValueError("more right answers in a bin of confidence than answers")
 
 
 class VariantScores(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +107,7 @@ class VariantScores(msgspec.Struct, frozen=True, kw_only=True):
         accuracy_low: Lower end of Wilson's 95 % interval.
         accuracy_high: Upper end of it.
         macro_f1: Mean of the labels' F1.
-        macro_f1_low: Lower end of its 95 % interval (bootstrap); ``None`` before version 4.
+        macro_f1_low: Lower end of its 95 % interval (bootstrap); ``None`` as ``f1_low`` is.
         macro_f1_high: Upper end of it.
         labels: By label.
         confusion: For each true label, how many rows were answered with each label; pairs that
@@ -114,19 +130,19 @@ class VariantScores(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     precision: str
     devices: tuple[str, ...]
-    size_bytes: int
-    correct: int
+    size_bytes: _AtLeastOne
+    correct: _Count
     accuracy: float
     accuracy_low: float
     accuracy_high: float
     macro_f1: float
     macro_f1_low: float | None = None
     macro_f1_high: float | None = None
-    labels: tuple[LabelScores, ...]
+    labels: Annotated[tuple[LabelScores, ...], Meta(min_length=1)]
     confusion: dict[str, dict[str, int]] | None = None
     calibration_error: float | None
     reliability: tuple[ReliabilityBin, ...] = ()
-    flips: int
+    flips: _Count
     flip_rate_low: float
     flip_rate_high: float
     agreement: float | None
@@ -154,8 +170,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     first: str
     second: str
-    only_first_correct: int
-    only_second_correct: int
+    only_first_correct: _Count
+    only_second_correct: _Count
     p_value: float
 
     @property
@@ -222,15 +238,31 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
         environment: The machine and the libraries.
     """
 
-    rows: int
+    rows: _AtLeastOne
     rows_sha256: str | None = None
     baseline_accuracy: float
     references: dict[str, str]
-    variants: tuple[VariantScores, ...]
+    variants: Annotated[tuple[VariantScores, ...], Meta(min_length=1)]
     comparisons: tuple[Comparison, ...]
     flips: Flips | None = None
     intra_op_threads: int | None
     environment: dict[str, str]
+
+    def __post_init__(self) -> None:
+        """Refuses what contradicts itself: a report may be a stranger's."""
+        names = {(v.model, v.name) for v in self.variants}
+        if not names.issuperset(self.references.items()):
+            raise ValueError("a reference that is none of the variants")
+        for v in self.variants:
+            if v.model not in self.references:
+                raise ValueError(f"no reference for the variants of {v.model!r:.80}")
+            if max(v.correct, v.flips) > self.rows:
+                raise ValueError(f"more right answers or flips of {v.name!r:.80} than rows")
+            if v.right_rows is not None:
+                unpack_right(v.right_rows, self.rows)
+        for item in self.comparisons:
+            if item.only_first_correct + item.only_second_correct > self.rows:
+                raise ValueError("a comparison of more rows than there are")
 
     @property
     def shipped(self) -> tuple[VariantScores, ...]:

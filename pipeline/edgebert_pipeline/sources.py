@@ -85,7 +85,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
         path: Its file.
         kind: Of a ``build``, or of a ``device``.
         name: Of the model.
-        measured_at: UTC, ISO 8601.
+        measured_at: When measuring ended in a build, and began on a device: UTC, ISO 8601.
         commit: That the build was made from, if known.
         bundle_digest: Of the bundle that was measured.
         machine: The processor, board, GPU and power mode; what makes figures of speed comparable.

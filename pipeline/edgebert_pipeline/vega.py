@@ -6,7 +6,9 @@ from contextlib import suppress
 from functools import cache
 from importlib import metadata
 
-from edgebert_runtime.cache import cache_dir, write_whole
+import platformdirs
+
+from edgebert_runtime.cache import write_whole
 
 __all__ = ["vega_script"]
 
@@ -16,10 +18,12 @@ def vega_script() -> str:
     """Returns the script, which has no ``</script`` in it.
 
     vl-convert holds the libraries' sources and takes seconds to make one script of them, so it is
-    kept in the cache directory, by vl-convert's version; where that cannot be written, it is made
-    anew.
+    kept, by vl-convert's version; where that cannot be written, it is made anew. Pages run it
+    unseen, so it is kept in the user's own cache directory and not in ``EDGEBERT_CACHE_DIR``,
+    which CI jobs share.
     """
-    path = cache_dir() / f"vega-{metadata.version('vl-convert-python')}.js"
+    place = platformdirs.user_cache_path("edgebert-charts")
+    path = place / f"vega-{metadata.version('vl-convert-python')}.js"
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -11,13 +11,12 @@ __all__ = ["commit_of"]
 def commit_of(directory: Path) -> str | None:
     """Returns the commit of the git repository that holds a directory; ``None`` if none does.
 
-    With ``-dirty`` if a file that the repository tracks was changed since.
+    Whether files were changed since is not asked: git would run what a stranger's repository sets
+    as filters to find out.
     """
-    # Of a repository's own settings, the file-system monitor is a command that git would run.
-    options = ["-c", "core.fsmonitor=false", "--no-optional-locks", "-C", str(directory)]
     try:
         done = subprocess.run(
-            ["git", *options, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            ["git", "-C", str(directory), "rev-parse", "--verify", "--quiet", "HEAD"],
             capture_output=True,
             text=True,
             timeout=30,

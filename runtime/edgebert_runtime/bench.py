@@ -13,9 +13,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from edgebert_runtime.classifier import Classifier
@@ -31,6 +33,8 @@ BATCH_SIZES = (1, 8, 32)
 NOISY = 0.05
 """Rounds that vary by more than this (standard deviation over mean) come from a noisy machine: a
 difference of a few per cent between two such measurements says nothing."""
+
+_Positive = Annotated[float, Meta(gt=0)]
 
 _SHORTEST_CELL_TOKENS = 16
 _TURN_TEXTS = 20
@@ -101,17 +105,17 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
     texts: int
     repeats: int
-    latency_p50_ms: float
-    latency_p99_ms: float
-    throughput_texts_per_s: float
+    latency_p50_ms: _Positive
+    latency_p99_ms: _Positive
+    throughput_texts_per_s: _Positive
     batch_size: int
     latency_p90_ms: float | None = None
     warmup_calls: int | None = None
     session_p50_ms: float | None = None
     session_p90_ms: float | None = None
     session_p99_ms: float | None = None
-    latency_p50_low_ms: float | None = None
-    latency_p50_high_ms: float | None = None
+    latency_p50_low_ms: _Positive | None = None
+    latency_p50_high_ms: _Positive | None = None
     throughput_low_texts_per_s: float | None = None
     throughput_high_texts_per_s: float | None = None
     variation: float | None = None

@@ -33,7 +33,7 @@ from edgebert_runtime.encoder import Text
 from edgebert_runtime.errors import DeviceError, InputError
 from edgebert_runtime.facts import DeviceFacts, gather_facts
 from edgebert_runtime.manifest import Task
-from edgebert_runtime.rows import Labelled, pack_right, row_order, rows_sha256
+from edgebert_runtime.rows import Labelled, pack_right, row_order, rows_sha256, unpack_right
 
 __all__ = [
     "DEVICE_REPORT_VERSION",
@@ -82,10 +82,15 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
         right_rows: Which rows were answered right, as ``pack_right`` notes it.
     """
 
-    correct: int
-    rows: int
+    correct: Annotated[int, Meta(ge=0)]
+    rows: Annotated[int, Meta(ge=1)]
     truncated: int
     right_rows: str
+
+    def __post_init__(self) -> None:
+        if self.correct > self.rows:
+            raise ValueError("more right answers than rows")
+        unpack_right(self.right_rows, self.rows)
 
     @property
     def share(self) -> float:
@@ -109,7 +114,7 @@ class DeviceVariant(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     precision: str
     device: str
-    size_bytes: int
+    size_bytes: Annotated[int, Meta(ge=1)]
     timing: Timing
     memory: Memory
     accuracy: Accuracy | None

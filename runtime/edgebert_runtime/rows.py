@@ -209,12 +209,12 @@ def unpack_right(packed: str, count: int) -> NDArray[np.bool_]:
     """Returns ``bool[count]``, in the order of the rows' hashes, from what ``pack_right`` noted.
 
     Raises:
-        InputError: It is not of so many rows.
+        ValueError: It is not of so many rows. Reports that are read have been checked for it.
     """
     try:
         found = np.frombuffer(base64.b64decode(packed, validate=True), dtype=np.uint8)
     except ValueError as exc:
-        raise InputError(f"the note of rows answered right is damaged: {exc}") from exc
+        raise ValueError(f"the note of rows answered right is damaged: {exc}") from exc
     if len(found) != (count + 7) // 8:
-        raise InputError(f"the note of rows answered right is not of {count} rows")
+        raise ValueError(f"the note of rows answered right is not of {count} rows")
     return np.unpackbits(found, count=count).astype(bool)

@@ -98,6 +98,14 @@ def test_confusion_counts_what_was_taken_for_what_and_agrees_with_the_labels() -
     assert found["flips"] == 3
 
 
+def test_an_interval_that_no_draw_widens_is_none() -> None:
+    """Five rows that are all right do not show that all others would be."""
+    truth = [0] * 5
+    found = score(answers(truth, truth), answers(truth, truth), None)
+    assert [(label.f1_low, label.f1_high) for label in found["labels"]] == [(None, None)] * 3
+    assert (found["macro_f1"], found["macro_f1_low"]) == (pytest.approx(1 / 3), None)
+
+
 def test_a_label_that_is_never_given_nor_true_scores_nothing() -> None:
     found = score(answers([0, 1], [0, 1]), answers([0, 1], [0, 1]), None)
     nothing = found["labels"][2]

@@ -120,6 +120,74 @@ def test_what_is_no_report_is_refused_with_one_line(
         read_report(tmp_path)
 
 
+def evaluation(**change: Any) -> dict[str, Any]:
+    return {"evaluation": change}
+
+
+def first_variant(**change: Any) -> dict[str, Any]:
+    return evaluation(variants={0: change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (evaluation(rows=0), "evaluation.rows"),
+        (evaluation(variants=[]), "evaluation.variants"),
+        (evaluation(references={}), "no reference"),
+        (evaluation(references={"student": "none", "teacher": "fp32"}), "none of the variants"),
+        (evaluation(comparisons={0: {"only_first_correct": 10**6}}), "more rows than there are"),
+        (first_variant(size_bytes=0), "size_bytes"),
+        (first_variant(correct=10**6), "more right answers"),
+        (first_variant(flips=10**6), "more right answers or flips"),
+        (first_variant(right_rows="AA=="), "the note of rows answered right is not of"),
+        (first_variant(timing={"latency_p50_ms": 0}), "latency_p50_ms"),
+        (first_variant(timing={"latency_p50_high_ms": -1}), "latency_p50_high_ms"),
+        (first_variant(labels={0: {"right": 10**6}}), "more right answers of label"),
+        (first_variant(reliability={0: {"answers": 0}}), "answers"),
+        ({"models": {}}, "models"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_by_every_command(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """A report may be a stranger's, as that of a pull request is."""
+    good = REPORTS / "version-4.json"
+    path = tmp_path / "reports" / "report.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(changed(json.loads(good.read_text()), change)))
+    with pytest.raises(InputError, match=f"report.json is not a report of version 4: .*{message}"):
+        read_report(path)
+    for arguments in (["report", path], ["compare", path, good], ["history", path.parent]):
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert message in done.stderr
+    (path.parent / "good.json").write_bytes(good.read_bytes())
+    done = CliRunner().invoke(main, ["history", str(path.parent)])
+    assert done.exit_code == 0, done.stderr
+    assert "Not read: " in done.stdout
+
+
+def changed(raw: Any, change: Any) -> Any:
+    """JSON with some of it replaced; a number is a place in a list, and all else is kept."""
+    if not isinstance(change, dict) or not change:
+        return change
+    for key, value in change.items():
+        raw[key] = changed(raw[key], value)
+    return raw
+
+
+def test_an_older_report_that_contradicts_itself_is_refused_too(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        for key, value in (("rows", 0), ("rows", 1), ("variants", []), ("references", {})):
+            raw = json.loads((REPORTS / f"version-{version}.json").read_text())
+            raw["evaluation"] |= {key: value, "reference": "none"}
+            (tmp_path / "report.json").write_text(json.dumps(raw))
+            if version == 1 and key == "references":
+                continue  # it has none
+            with pytest.raises(InputError, match=f"is not a report of version {version}: "):
+                read_report(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"null"])
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "report.json").write_bytes(content)

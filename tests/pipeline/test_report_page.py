@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from edgebert_pipeline.report_html import render_html
 from edgebert_pipeline.report_markdown import render_markdown
 from edgebert_pipeline.scores import FlippedRow, Flips, GivenAnswer
 from edgebert_pipeline.sections.names import place_names
+from edgebert_pipeline.vega import vega_script
 
 REPORT = Path(__file__).parent / "reports" / "version-4.json"
 MOST_BYTES = 3_000_000
@@ -31,6 +33,7 @@ HOSTILE = (
     "</td></table><style>*{display:none}</style>",
     "{{ 7 * 7 }} {% raw %} ${7*7} `code` **strong**",
     "right-to-left \u202e override \u2067 isolate \u200f mark",
+    "![x](https://example.org/x.png) [a](b) \\[a](b) ` [a](b) `` @team\n\n# heading",
     "line\u2028separators\u2029 and <!-- a comment",
     "no spaces " + "x" * 10_000,
 )
@@ -71,6 +74,18 @@ def test_nothing_is_fetched_and_nothing_is_complained_of(html: str, open_page: O
     assert browser.get_log("browser") == []
     assert fetched(browser) == [browser.current_url]
     assert len(html.encode()) < MOST_BYTES
+
+
+def test_no_script_is_taken_from_the_cache_that_jobs_share(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(tmp_path))
+    name = f"vega-{metadata.version('vl-convert-python')}.js"
+    for place in (tmp_path, tmp_path / "charts", tmp_path / "edgebert-charts"):
+        place.mkdir(exist_ok=True)
+        (place / name).write_text("document.title = 'run'")
+    vega_script.cache_clear()
+    assert "document.title = 'run'" not in render_html(report)
 
 
 def test_every_chart_has_marks_and_a_name(html: str, open_page: Open) -> None:
@@ -327,6 +342,24 @@ def test_hostile_texts_and_labels_stay_text(report: Report, open_page: Open, wid
     )
     assert set(isolation) <= {"isolate", "plaintext"}
     markdown = render_markdown(hostile(report))
+    assert "<script" not in markdown
+    assert "<img" not in markdown
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_mean_nothing_in_markdown(report: Report, name: str) -> None:
+    raw = msgspec.json.encode(report).decode()
+    for old in ("tiny-version-4", "negative", "int8-cpu", "student"):
+        raw = raw.replace(json.dumps(old), json.dumps(f"{name} {old}"))
+    markdown = render_markdown(msgspec.json.decode(raw, type=Report))
+    blocks = [line for line in markdown.splitlines() if line.startswith("#")]
+    assert blocks == [
+        line if line.startswith("##") else blocks[0]
+        for line in render_markdown(report).splitlines()
+        if line.startswith("#")
+    ]
+    assert not re.findall(r"(?<!\\)(?:\\\\)*\[\w*\]\(", re.sub(r"`[^`]*`", "", markdown))
+    assert "@team" not in markdown
     assert "<script" not in markdown
     assert "<img" not in markdown
 

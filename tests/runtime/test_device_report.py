@@ -191,6 +191,23 @@ def test_what_is_no_report_of_a_device_is_refused(tmp_path, tiny_bundles, change
         read_device_report(bad, "a.json")
 
 
+def test_a_report_that_contradicts_itself_is_refused(tmp_path, tiny_bundles, data: Path) -> None:
+    """It may be a stranger's, and others divide by what it says."""
+    bench(tiny_bundles["single"], "--data", data, "--out", tmp_path / "out.json")
+    for part, key, value in (
+        (None, "size_bytes", 0),
+        ("timing", "latency_p50_ms", 0.0),
+        ("accuracy", "rows", 0),
+        ("accuracy", "correct", 13),
+        ("accuracy", "right_rows", "AA=="),
+    ):
+        report = json.loads((tmp_path / "out.json").read_bytes())
+        variant = report["variants"][0]
+        (variant if part is None else variant[part])[key] = value
+        with pytest.raises(InputError, match=r"^a\.json is not a device's report"):
+            read_device_report(json.dumps(report).encode(), "a.json")
+
+
 def test_a_noisy_measurement_says_so(tmp_path, tiny_bundles) -> None:
     bench(tiny_bundles["single"], "--out", tmp_path / "out.json")
     report = report_of(tmp_path / "out.json")

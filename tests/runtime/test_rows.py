@@ -120,5 +120,5 @@ def test_rows_answered_right_are_paired_whatever_their_order(rows, random) -> No
 
 @pytest.mark.parametrize(("packed", "count"), [("AA==", 9), ("AAA=", 8), ("!", 1), ("", 1)])
 def test_a_note_of_other_rows_is_refused(packed: str, count: int) -> None:
-    with pytest.raises(InputError, match="the note of rows answered right is"):
+    with pytest.raises(ValueError, match="the note of rows answered right is"):
         unpack_right(packed, count)

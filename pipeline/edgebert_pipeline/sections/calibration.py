@@ -30,7 +30,8 @@ def calibration_section(report: Report) -> Section | None:
         "confidence and the share that is right, weighted by answers. It is biased upwards when "
         "bins hold few answers."
         + (
-            " Each label of a row is a question of its own."
+            " Each label of a row is a question of its own, and intervals take the labels of a row "
+            "as independent, so they may be too narrow."
             if report.task.kind == "multi_label"
             else ""
         )

@@ -73,11 +73,9 @@ def _row(variant: VariantScores, label: LabelScores) -> list[Cell | str]:
     if label.given is not None and label.right is not None:
         precision = _interval(label.right, label.given)
         recall = _interval(label.right, label.rows)
-    f1 = (
-        ""
-        if label.f1_low is None or label.f1_high is None
-        else f" ({label.f1_low:.3f}-{label.f1_high:.3f})"
-    )
+    f1 = "" if label.given is None else " (too few to tell)"
+    if label.f1_low is not None and label.f1_high is not None:
+        f1 = f" ({label.f1_low:.3f}-{label.f1_high:.3f})"
     return [
         variant.full_name,
         shorten(label.label),
