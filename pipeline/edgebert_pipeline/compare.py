@@ -6,7 +6,7 @@ McNemar's test tells a difference from chance; otherwise two intervals do, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import msgspec
@@ -114,7 +114,8 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
         sources: The reports, in the order given.
         baseline: Label of the one that the others are held against.
         differences: Of the others' variants; those that the baseline lacks are in ``notes``.
-        checks: Limits, held against the variants in bundles.
+        checks: Limits, held against the variants in bundles; ``missing_figures`` are those that
+            the baseline has, and a report lacks, for a limit to be held against.
         warnings: What makes figures hard to compare; one sentence each.
         notes: What is left out, one sentence each.
     """
@@ -144,13 +145,15 @@ def compare_sources(
     Args:
         sources: At least one.
         baseline: Label or file of one of them; the first if ``None``.
-        limits: Held against every variant that is in a report's bundle and in the baseline's.
+        limits: Held against every variant that is in a report's bundle and in the baseline's. What
+            the baseline's bundle has, and a report lacks, fails: it could not be held against
+            them. Only a device is free to lack variants of a build: it runs what it can.
         allow_different_data: Compare accuracy on different rows, and latency on different texts
             where there is a limit on it; ``warnings`` then says so.
 
     Raises:
         InputError: The test rows differ or are not known to be the same, the baseline is not
-            among the reports, or a limit has nothing to be held against.
+            among the reports, or a limit has nothing in a report to be held against.
     """
     base = _find(sources, baseline)
     warnings = list(_different_rows(sources))
@@ -177,7 +180,7 @@ def compare_sources(
         sources=tuple(sources),
         baseline=base.label if others else None,
         differences=tuple(differences),
-        checks=_check(differences, limits),
+        checks=_check(others, base, differences, limits),
         warnings=tuple(warnings),
         notes=tuple(notes),
     )
@@ -263,7 +266,7 @@ def _differences(source: Source, base: Source) -> tuple[list[Difference], list[s
             )
         )
     notes = [f"{source.label}: {v.variant} is not in {base.label}." for v in missing]
-    if source.kind == "build":  # a device measures what it runs, not all that there is
+    if not _may_lack(source, base):
         notes += [f"{source.label} lacks {v.variant} of {base.label}." for v in known.values()]
     return found, notes
 
@@ -327,31 +330,83 @@ def _latency(one: Timing | None, base: Timing | None, same_rows: bool) -> Latenc
     )
 
 
-def _check(differences: Sequence[Difference], limits: Limits) -> tuple[GateCheck, ...]:
+def _may_lack(source: Source, base: Source) -> bool:
+    """Whether variants of the baseline may be missing: a device does not run all of a build's."""
+    return source.kind == "device" and base.kind == "build"
+
+
+def _check(
+    others: Sequence[Source], base: Source, differences: Sequence[Difference], limits: Limits
+) -> tuple[GateCheck, ...]:
+    """Holds each report against each limit; what is not there to be held fails, too."""
+    given = {
+        limit: allowed
+        for limit, allowed in msgspec.structs.asdict(limits).items()
+        if allowed is not None
+    }
+    if given and not others:
+        raise InputError(
+            f"{_option(next(iter(given)))} has nothing to be held against: {base.label} is the "
+            "only report"
+        )
     checks: list[GateCheck] = []
-    for limit, allowed in msgspec.structs.asdict(limits).items():
-        if allowed is None:
-            continue
-        before = len(checks)
-        for item in differences:
-            measured = _measured(item, limit)
-            if item.shipped and measured is not None:
-                checks.append(
-                    GateCheck(
-                        variant=f"{item.label}: {item.variant}",
-                        limit=limit,
-                        allowed=allowed,
-                        measured=measured,
-                        passed=measured <= allowed,
-                    )
+    for source in others:
+        found = {d.baseline_variant: d for d in differences if d.label == source.label}
+        for limit, allowed in given.items():
+            held = [
+                GateCheck(
+                    variant=f"{item.label}: {item.variant}",
+                    limit=limit,
+                    allowed=allowed,
+                    measured=measured,
+                    passed=measured <= allowed,
                 )
-        if len(checks) == before:
-            what = "accuracy" if limit == "max_accuracy_drop" else "latency"
-            raise InputError(
-                f"--{limit.replace('_', '-')} has nothing to be held against: no variant's "
-                f"{what} is both in the baseline and in another report"
-            )
+                for item in found.values()
+                if item.shipped and (measured := _measured(item, limit)) is not None
+            ]
+            if not held:
+                raise InputError(
+                    f"{_option(limit)} has nothing in {source.label} to be held against: no "
+                    f"variant's {_FIGURES[limit]} is both there and in {base.label}"
+                )
+            checks += held
+        if not _may_lack(source, base):
+            checks += _missing(source, base, found, given)
     return tuple(checks)
+
+
+_FIGURES = {"max_accuracy_drop": "accuracy", "max_latency_ratio": "latency"}
+
+
+def _option(limit: str) -> str:
+    return f"--{limit.replace('_', '-')}"
+
+
+def _missing(
+    source: Source, base: Source, found: Mapping[str, Difference], limits: Iterable[str]
+) -> list[GateCheck]:
+    """Returns a failed check for each variant of the baseline's bundle without a figure here."""
+    checks = []
+    for item in base.variants:
+        known = {"max_accuracy_drop": item.accuracy, "max_latency_ratio": item.timing}
+        here = found.get(item.variant)
+        missing = [
+            limit
+            for limit in limits
+            if known[limit] is not None
+            and (here is None or not here.shipped or _measured(here, limit) is None)
+        ]
+        if item.shipped and missing:
+            checks.append(
+                GateCheck(
+                    variant=f"{source.label}: {item.variant}",
+                    limit="missing_figures",
+                    allowed=0,
+                    measured=len(missing),
+                    passed=False,
+                )
+            )
+    return checks
 
 
 def _measured(item: Difference, limit: str) -> float | None:

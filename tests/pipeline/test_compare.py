@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgebert_pipeline.cli import main
-from edgebert_pipeline.compare import Compared, compare_sources
+from edgebert_pipeline.compare import Compared, Limits, compare_sources
 from edgebert_pipeline.compare_report import render_compared_markdown
 from edgebert_pipeline.intervals import unpaired_difference
 from edgebert_pipeline.junit import render_junit
 from edgebert_pipeline.report import GateCheck
-from edgebert_pipeline.sources import read_source, read_sources
+from edgebert_pipeline.sources import Source, read_source, read_sources
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cli import main as runtime
 
@@ -235,6 +235,55 @@ def test_a_limit_with_nothing_to_hold_it_against_is_refused(write) -> None:
     alone = run(write("a"), "--max-accuracy-drop", 0.1)
     assert alone.exit_code == 2
     assert "--max-accuracy-drop has nothing to be held against" in alone.stderr
+
+
+@pytest.mark.parametrize("gone", ["int8-cpu", "fp32"])
+def test_dropping_a_variant_does_not_get_round_a_limit(write, gone: str) -> None:
+    left = {"fp32", "int8-cpu"} - {gone}
+    base, less = write("base"), write("less", right={name: right(40) for name in left})
+    assert run(base, less).exit_code == 0
+    refused = run(base, less, "--max-accuracy-drop", 0.1, "--max-latency-ratio", 9)
+    assert refused.exit_code == 3
+    assert f"gate: less: {gone}: missing_figures allows 0, got 2" in refused.stderr
+    assert "1 of 3 checks against base failed" in refused.stdout
+
+
+def test_a_variant_that_is_no_longer_timed_does_not_get_round_a_limit(write) -> None:
+    paths = write("base"), write("less")
+    report = json.loads(paths[1].read_bytes())
+    report["evaluation"]["variants"][0]["timing"] = None
+    paths[1].write_text(json.dumps(report))
+    assert run(*paths, "--max-accuracy-drop", 0.1).exit_code == 0
+    refused = run(*paths, "--max-latency-ratio", 9)
+    assert refused.exit_code == 3
+    assert "gate: less: int8-cpu: missing_figures allows 0, got 1" in refused.stderr
+
+
+def test_each_report_needs_something_that_a_limit_can_be_held_against(write) -> None:
+    paths = write("a"), write("b"), write("c", right={"other": right(40), "fp32": right(40)})
+    report = json.loads(paths[2].read_bytes())
+    for variant in report["evaluation"]["variants"]:
+        variant["timing"] = None
+    paths[2].write_text(json.dumps(report))
+    refused = run(*paths, "--max-latency-ratio", 9)
+    assert refused.exit_code == 2
+    assert "--max-latency-ratio has nothing in c to be held against" in refused.stderr
+
+
+def test_a_device_may_lack_what_a_build_has_but_not_what_another_device_had(
+    write, tmp_path: Path
+) -> None:
+    def device(name: str, *variants: str) -> Source:
+        source = read_source(write(name, right={v: right(36) for v in variants}), name)
+        return msgspec.structs.replace(source, kind="device")
+
+    build = read_source(write("build"), "build")
+    both, one = device("both", "int8-cpu", "fp32"), device("one", "fp32", "other")
+    limits = Limits(max_accuracy_drop=0.1)
+    assert compare_sources([build, one], limits=limits).passed
+    found = compare_sources([both, one], limits=limits)
+    assert [check.variant for check in found.checks if not check.passed] == ["one: int8-cpu"]
+    assert "one lacks int8-cpu of both." in found.notes
 
 
 # limits
