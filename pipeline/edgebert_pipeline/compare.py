@@ -11,7 +11,12 @@ from itertools import combinations
 
 import msgspec
 
-from edgebert_pipeline.intervals import mcnemar, paired_difference, unpaired_difference
+from edgebert_pipeline.intervals import (
+    enough_rounds,
+    mcnemar,
+    paired_difference,
+    unpaired_difference,
+)
 from edgebert_pipeline.parts import shorten
 from edgebert_pipeline.report import GateCheck
 from edgebert_pipeline.sources import LONGEST, MeasuredAccuracy, Source
@@ -73,8 +78,10 @@ class LatencyRatio(msgspec.Struct, frozen=True, kw_only=True):
         high: The slowest round over the baseline's fastest.
         same_texts: Whether both are known to have been timed on the same texts.
         noisy: Whether the machine was noisy when either was timed.
-        shown: Whether no round of the one is as fast as any round of the other, and the machine
-            was quiet. Rounds of one run say nothing of what changes from run to run.
+        enough_rounds: Whether there were enough for ``shown`` to be hardly chance.
+        shown: Whether no round of the one is as fast as any round of the other, there were enough
+            of them, and the machine was quiet. Rounds of one run say nothing of what changes from
+            run to run.
     """
 
     ratio: float
@@ -82,6 +89,7 @@ class LatencyRatio(msgspec.Struct, frozen=True, kw_only=True):
     high: float | None
     same_texts: bool
     noisy: bool
+    enough_rounds: bool
     shown: bool
 
 
@@ -319,6 +327,7 @@ def _latency(one: Timing | None, base: Timing | None, same_rows: bool) -> Latenc
         low = one.latency_p50_low_ms / base.latency_p50_high_ms
         high = one.latency_p50_high_ms / base.latency_p50_low_ms
     noisy = one.noisy or base.noisy
+    enough = enough_rounds(one.repeats, base.repeats)
     apart = low is not None and high is not None and (low > 1 or high < 1)
     return LatencyRatio(
         ratio=one.latency_p50_ms / base.latency_p50_ms,
@@ -326,7 +335,8 @@ def _latency(one: Timing | None, base: Timing | None, same_rows: bool) -> Latenc
         high=high,
         same_texts=same_texts,
         noisy=noisy,
-        shown=apart and not noisy,
+        enough_rounds=enough,
+        shown=apart and enough and not noisy,
     )
 
 

@@ -214,7 +214,8 @@ def _latency_cells(found: LatencyRatio | None) -> list[Cell]:
         figures, words = f"{found.ratio:.2f}", "spread of the rounds unknown"
     else:
         figures = f"{found.ratio:.2f} ({found.low:.2f} to {found.high:.2f})"
-        words = f"no difference shown: {'noisy' if found.noisy else 'rounds overlap'}"
+        why = "rounds overlap" if found.enough_rounds else "too few rounds"
+        words = f"no difference shown: {'noisy' if found.noisy else why}"
     if found.shown:
         words = f"{'faster' if found.ratio < 1 else 'slower'} in every round"
     if not found.same_texts:

@@ -119,6 +119,21 @@ def test_rounds_that_overlap_show_no_difference_in_speed(write) -> None:
     assert "slower in every round" in text
 
 
+@pytest.mark.parametrize(("rounds", "shown"), [(1, False), (3, False), (4, True)])
+def test_too_few_rounds_show_no_difference_in_speed(write, rounds: int, shown: bool) -> None:
+    paths = write("a", p50_ms={"fp32": 2}), write("b", p50_ms={"fp32": 3})
+    for path in paths:
+        report = json.loads(path.read_bytes())
+        for variant in report["evaluation"]["variants"]:
+            variant["timing"]["repeats"] = rounds
+        path.write_text(json.dumps(report))
+    latency = {d.variant: d.latency for d in found(run(*paths, "--json")).differences}["fp32"]
+    assert latency.shown is shown
+    text = run(*paths).stdout
+    assert ("slower in every round" in text) is shown
+    assert ("no difference shown: too few rounds" in text) is not shown
+
+
 def test_a_student_is_held_against_what_the_bundle_held_before(write) -> None:
     paths = write("before"), write("after", model="student")
     differences = found(run(*paths, "--json")).differences
