@@ -58,7 +58,9 @@ class AccuracyDifference(msgspec.Struct, frozen=True, kw_only=True):
         high: Upper end of it.
         rows: Rows of the variant.
         p_value: Of McNemar's exact test on paired rows; ``None`` if they cannot be paired.
+        same_rows: Whether both are known to have been measured on the same rows.
         shown: Whether a difference is shown: p < 0.05, or without pairs, an interval without 0.
+            Never on other rows, whose difference may be the rows' as well as the models'.
     """
 
     difference: float
@@ -66,6 +68,7 @@ class AccuracyDifference(msgspec.Struct, frozen=True, kw_only=True):
     high: float
     rows: int
     p_value: float | None
+    same_rows: bool
     shown: bool
 
 
@@ -206,8 +209,8 @@ def _find(sources: Sequence[Source], baseline: str | None) -> Source:
 
 
 def _different_rows(sources: Sequence[Source]) -> list[str]:
-    measured = [source for source in sources if source.knows_accuracy]
-    for one, other in combinations(measured, 2):
+    pairs: dict[str, list[str]] = {}
+    for one, other in combinations([source for source in sources if source.knows_accuracy], 2):
         if not one.same_rows(other):
             known = one.rows_sha256 is not None and other.rows_sha256 is not None
             fault = (
@@ -215,8 +218,11 @@ def _different_rows(sources: Sequence[Source]) -> list[str]:
                 if known
                 else "are not known to have been measured on the same test rows"
             )
-            return [f"{one.label} and {other.label} {fault}: their accuracies do not compare."]
-    return []
+            pairs.setdefault(fault, []).append(f"{one.label} and {other.label}")
+    return [
+        f"{'; '.join(named)} {fault}: their accuracies do not compare."
+        for fault, named in pairs.items()
+    ]
 
 
 def _different_texts(differences: Sequence[Difference]) -> list[str]:
@@ -296,6 +302,7 @@ def _accuracy(
             high=high,
             rows=one.rows,
             p_value=p_value,
+            same_rows=True,
             shown=p_value < 0.05,
         )
     low, high = unpaired_difference(one.correct, one.rows, base.correct, base.rows)
@@ -306,7 +313,8 @@ def _accuracy(
         high=high,
         rows=one.rows,
         p_value=None,
-        shown=low > 0 or high < 0,
+        same_rows=same_rows,
+        shown=same_rows and (low > 0 or high < 0),
     )
 
 

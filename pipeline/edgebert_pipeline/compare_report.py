@@ -203,6 +203,8 @@ def _accuracy_cells(found: AccuracyDifference | None) -> list[Cell]:
         words = f"shown: {'better' if better else 'worse'}"
     if found.p_value is not None:
         words += f" (p = {found.p_value:.2g})"
+    if not found.same_rows:
+        words = "measured on other rows"
     figures = f"{found.difference:+.2%} ({found.low:+.2%} to {found.high:+.2%})"
     return [Cell(figures, found.difference), Cell(words, mood=_mood(found.shown, better))]
 

@@ -191,6 +191,25 @@ def test_different_test_rows_are_refused_unless_allowed_and_then_told(write, tmp
     assert {item.accuracy.p_value for item in differences} == {None}  # nothing is paired
 
 
+def test_no_difference_is_shown_on_other_rows(write) -> None:
+    rows = tuple(f"other {number}" for number in range(40))
+    paths = write("a", right={"fp32": right(40)}), write("b", rows=rows, right={"fp32": right(10)})
+    result = run(*paths, "--allow-different-data", "--json")
+    (item,) = found(result).differences
+    assert item.accuracy is not None and item.accuracy.high < 0  # it would be on the same rows
+    assert not item.accuracy.same_rows and not item.accuracy.shown
+    text = run(*paths, "--allow-different-data").stdout
+    assert re.search(r"\| b +\| fp32 .*\| measured on other rows +\|", text)
+    assert "shown: worse" not in text
+
+
+def test_every_pair_of_reports_on_different_rows_is_named(write) -> None:
+    rows = tuple(f"other {number}" for number in range(40))
+    refused = run(write("a"), write("b"), write("c", rows=rows))
+    assert refused.exit_code == 2
+    assert "a and c; b and c were measured on different test rows" in refused.stderr
+
+
 def test_older_reports_of_the_same_data_are_the_same_rows(write) -> None:
     paths = write("a"), write("b")
     for path in paths:
