@@ -65,6 +65,33 @@ def test_a_report_in_two_places_counts_once(write, tmp_path: Path) -> None:
     assert "1 report over time" in run(tmp_path).stdout
 
 
+def test_two_measurements_of_one_bundle_in_one_second_are_two(write, tmp_path: Path) -> None:
+    write("one.json", 1, p50_ms={"fp32": 2.0})
+    write("other.json", 1, p50_ms={"fp32": 2.1})
+    assert "2 reports over time" in run(tmp_path).stdout
+
+
+def test_no_two_reports_are_called_the_same(write, tmp_path: Path) -> None:
+    long = "long/" + "x" * 200
+    for day, place in enumerate(("a.json", "a/report.json", f"{long}1.json", f"{long}2.json"), 1):
+        write(place, day)
+    sources = msgspec.json.decode(run(tmp_path, "--json").stdout, type=History).sources
+    labels = [source.label for source in sources]
+    assert labels[:2] == ["a.json", "a/report.json"]
+    assert labels[2].startswith("long/xxx")
+    assert labels[3].startswith("4: long/xxx")
+
+
+def test_machines_are_not_said_to_differ_when_that_is_not_known(write, tmp_path: Path) -> None:
+    write("1.json", 1)
+    report = json.loads(write("2.json", 2).read_bytes())
+    report["evaluation"]["environment"]["processor"] = "Board, Some CPU (x86_64)"
+    (tmp_path / "2.json").write_text(json.dumps(report))
+    text = run(tmp_path).stdout
+    assert text.count("Not known to be measured on the same machine: ") == 2
+    assert "different machines" not in text
+
+
 def test_a_change_of_test_rows_is_told_where_it_is(write, tmp_path: Path) -> None:
     write("1.json", 1)
     write("2.json", 2)
