@@ -6,7 +6,7 @@ McNemar's test tells a difference from chance; otherwise two intervals do, which
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 import msgspec
@@ -19,7 +19,7 @@ from edgebert_pipeline.intervals import (
 )
 from edgebert_pipeline.parts import shorten
 from edgebert_pipeline.report import GateCheck
-from edgebert_pipeline.sources import LONGEST, MeasuredAccuracy, Source
+from edgebert_pipeline.sources import LONGEST, Measured, MeasuredAccuracy, Source
 from edgebert_runtime.bench import Timing
 from edgebert_runtime.errors import InputError
 from edgebert_runtime.rows import unpack_right
@@ -368,7 +368,7 @@ def _check(
         )
     checks: list[GateCheck] = []
     for source in others:
-        found = {d.baseline_variant: d for d in differences if d.label == source.label}
+        found = [item for item in differences if item.label == source.label and item.shipped]
         for limit, allowed in given.items():
             held = [
                 GateCheck(
@@ -378,8 +378,8 @@ def _check(
                     measured=measured,
                     passed=measured <= allowed,
                 )
-                for item in found.values()
-                if item.shipped and (measured := _measured(item, limit)) is not None
+                for item in found
+                if (measured := _measured(item, limit)) is not None
             ]
             if not held:
                 raise InputError(
@@ -388,7 +388,7 @@ def _check(
                 )
             checks += held
         if not _may_lack(source, base):
-            checks += _missing(source, base, found, given)
+            checks += _missing(source, base, given)
     return tuple(checks)
 
 
@@ -399,19 +399,16 @@ def _option(limit: str) -> str:
     return f"--{limit.replace('_', '-')}"
 
 
-def _missing(
-    source: Source, base: Source, found: Mapping[str, Difference], limits: Iterable[str]
-) -> list[GateCheck]:
+def _missing(source: Source, base: Source, limits: Iterable[str]) -> list[GateCheck]:
     """Returns a failed check for each variant of the baseline's bundle without a figure here."""
+    shipped = {item.key: item for item in source.variants if item.shipped}
     checks = []
     for item in base.variants:
-        known = {"max_accuracy_drop": item.accuracy, "max_latency_ratio": item.timing}
-        here = found.get(item.variant)
+        here = shipped.get(item.key)
         missing = [
             limit
             for limit in limits
-            if known[limit] is not None
-            and (here is None or not here.shipped or _measured(here, limit) is None)
+            if _has(item, limit) and (here is None or not _has(here, limit))
         ]
         if item.shipped and missing:
             checks.append(
@@ -424,6 +421,10 @@ def _missing(
                 )
             )
     return checks
+
+
+def _has(item: Measured, limit: str) -> bool:
+    return (item.accuracy if limit == "max_accuracy_drop" else item.timing) is not None
 
 
 def _measured(item: Difference, limit: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from itertools import pairwise
@@ -62,11 +63,11 @@ def read_history(directory: Path) -> History:
         raise InputError(f"{directory}: there is no such directory")
     places = {path: path.relative_to(directory) for path in _candidates(directory)}
     short = {path: _label(place, directory) for path, place in places.items()}
+    times = Counter(short.values())
     found: dict[str, Source] = {}
     skipped = []
     for path, place in places.items():
-        alike = list(short.values()).count(short[path]) > 1
-        label = str(place) if alike else short[path]
+        label = short[path] if times[short[path]] == 1 else str(place)
         if any(source.label == shorten(label, LONGEST) for source in found.values()):
             label = f"{len(found) + 1}: {label}"
         try:
