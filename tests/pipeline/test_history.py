@@ -108,7 +108,7 @@ def test_a_change_of_test_rows_is_told_where_it_is(write, tmp_path: Path) -> Non
 def test_the_latest_on_other_rows_is_shown_neither_better_nor_worse(write, tmp_path) -> None:
     write("1.json", 1, right={"fp32": [True] * 40})
     rows = tuple(f"other {number}" for number in range(40))
-    write("2.json", 2, right={"fp32": [False] * 40}, rows=rows)
+    write("2.json", 2, right={"fp32": [True] * 10 + [False] * 30}, rows=rows)
     latest = run(tmp_path).stdout.partition("## The latest")[2]
     assert "1 and 2 were measured on different test rows" in latest
     assert "measured on other rows" in latest
