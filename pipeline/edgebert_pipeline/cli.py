@@ -477,7 +477,8 @@ def compare(
     """Compare REPORTs: build directories, report.json files, and what devices brought by bench.
 
     Prints Markdown. A REPORT is FILE or NAME=FILE; the name is what it is called in tables. Ends
-    with exit code 3 when a variant in a bundle is past a limit.
+    with exit code 3 when a variant in a bundle is past a limit, or is no longer there to be held
+    against one.
     """
     from edgebert_pipeline.compare import Limits, compare_sources
     from edgebert_pipeline.compare_report import render_compared_html, render_compared_markdown

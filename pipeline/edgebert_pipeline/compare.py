@@ -6,15 +6,20 @@ McNemar's test tells a difference from chance; otherwise two intervals do, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 import msgspec
 
-from edgebert_pipeline.intervals import mcnemar, paired_difference, unpaired_difference
+from edgebert_pipeline.intervals import (
+    enough_rounds,
+    mcnemar,
+    paired_difference,
+    unpaired_difference,
+)
 from edgebert_pipeline.parts import shorten
 from edgebert_pipeline.report import GateCheck
-from edgebert_pipeline.sources import LONGEST, MeasuredAccuracy, Source
+from edgebert_pipeline.sources import LONGEST, Measured, MeasuredAccuracy, Source
 from edgebert_runtime.bench import Timing
 from edgebert_runtime.errors import InputError
 from edgebert_runtime.rows import unpack_right
@@ -53,7 +58,9 @@ class AccuracyDifference(msgspec.Struct, frozen=True, kw_only=True):
         high: Upper end of it.
         rows: Rows of the variant.
         p_value: Of McNemar's exact test on paired rows; ``None`` if they cannot be paired.
+        same_rows: Whether both are known to have been measured on the same rows.
         shown: Whether a difference is shown: p < 0.05, or without pairs, an interval without 0.
+            Never on other rows, whose difference may be the rows' as well as the models'.
     """
 
     difference: float
@@ -61,6 +68,7 @@ class AccuracyDifference(msgspec.Struct, frozen=True, kw_only=True):
     high: float
     rows: int
     p_value: float | None
+    same_rows: bool
     shown: bool
 
 
@@ -73,8 +81,10 @@ class LatencyRatio(msgspec.Struct, frozen=True, kw_only=True):
         high: The slowest round over the baseline's fastest.
         same_texts: Whether both are known to have been timed on the same texts.
         noisy: Whether the machine was noisy when either was timed.
-        shown: Whether no round of the one is as fast as any round of the other, and the machine
-            was quiet. Rounds of one run say nothing of what changes from run to run.
+        enough_rounds: Whether there were enough for ``shown`` to be hardly chance.
+        shown: Whether no round of the one is as fast as any round of the other, there were enough
+            of them, and the machine was quiet. Rounds of one run say nothing of what changes from
+            run to run.
     """
 
     ratio: float
@@ -82,6 +92,7 @@ class LatencyRatio(msgspec.Struct, frozen=True, kw_only=True):
     high: float | None
     same_texts: bool
     noisy: bool
+    enough_rounds: bool
     shown: bool
 
 
@@ -114,7 +125,8 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
         sources: The reports, in the order given.
         baseline: Label of the one that the others are held against.
         differences: Of the others' variants; those that the baseline lacks are in ``notes``.
-        checks: Limits, held against the variants in bundles.
+        checks: Limits, held against the variants in bundles; ``missing_figures`` are those that
+            the baseline has, and a report lacks, for a limit to be held against.
         warnings: What makes figures hard to compare; one sentence each.
         notes: What is left out, one sentence each.
     """
@@ -144,13 +156,15 @@ def compare_sources(
     Args:
         sources: At least one.
         baseline: Label or file of one of them; the first if ``None``.
-        limits: Held against every variant that is in a report's bundle and in the baseline's.
+        limits: Held against every variant that is in a report's bundle and in the baseline's. What
+            the baseline's bundle has, and a report lacks, fails: it could not be held against
+            them. Only a device is free to lack variants of a build: it runs what it can.
         allow_different_data: Compare accuracy on different rows, and latency on different texts
             where there is a limit on it; ``warnings`` then says so.
 
     Raises:
         InputError: The test rows differ or are not known to be the same, the baseline is not
-            among the reports, or a limit has nothing to be held against.
+            among the reports, or a limit has nothing in a report to be held against.
     """
     base = _find(sources, baseline)
     warnings = list(_different_rows(sources))
@@ -177,7 +191,7 @@ def compare_sources(
         sources=tuple(sources),
         baseline=base.label if others else None,
         differences=tuple(differences),
-        checks=_check(differences, limits),
+        checks=_check(others, base, differences, limits),
         warnings=tuple(warnings),
         notes=tuple(notes),
     )
@@ -195,8 +209,8 @@ def _find(sources: Sequence[Source], baseline: str | None) -> Source:
 
 
 def _different_rows(sources: Sequence[Source]) -> list[str]:
-    measured = [source for source in sources if source.knows_accuracy]
-    for one, other in combinations(measured, 2):
+    pairs: dict[str, list[str]] = {}
+    for one, other in combinations([source for source in sources if source.knows_accuracy], 2):
         if not one.same_rows(other):
             known = one.rows_sha256 is not None and other.rows_sha256 is not None
             fault = (
@@ -204,8 +218,11 @@ def _different_rows(sources: Sequence[Source]) -> list[str]:
                 if known
                 else "are not known to have been measured on the same test rows"
             )
-            return [f"{one.label} and {other.label} {fault}: their accuracies do not compare."]
-    return []
+            pairs.setdefault(fault, []).append(f"{one.label} and {other.label}")
+    return [
+        f"{'; '.join(named)} {fault}: their accuracies do not compare."
+        for fault, named in pairs.items()
+    ]
 
 
 def _different_texts(differences: Sequence[Difference]) -> list[str]:
@@ -219,11 +236,10 @@ def _different_texts(differences: Sequence[Difference]) -> list[str]:
 
 
 def _different_machines(sources: Sequence[Source]) -> list[str]:
-    machines = {source.machine for source in sources}
-    if len(machines) == 1:
+    if len({source.machine for source in sources}) == 1:
         return []
     return [
-        f"Measured on {len(machines)} different machines: differences in speed are the machines', "
+        "Not known to be measured on the same machine: differences in speed may be the machines', "
         "too."
     ]
 
@@ -263,7 +279,7 @@ def _differences(source: Source, base: Source) -> tuple[list[Difference], list[s
             )
         )
     notes = [f"{source.label}: {v.variant} is not in {base.label}." for v in missing]
-    if source.kind == "build":  # a device measures what it runs, not all that there is
+    if not _may_lack(source, base):
         notes += [f"{source.label} lacks {v.variant} of {base.label}." for v in known.values()]
     return found, notes
 
@@ -285,6 +301,7 @@ def _accuracy(
             high=high,
             rows=one.rows,
             p_value=p_value,
+            same_rows=True,
             shown=p_value < 0.05,
         )
     low, high = unpaired_difference(one.correct, one.rows, base.correct, base.rows)
@@ -295,7 +312,8 @@ def _accuracy(
         high=high,
         rows=one.rows,
         p_value=None,
-        shown=low > 0 or high < 0,
+        same_rows=same_rows,
+        shown=same_rows and (low > 0 or high < 0),
     )
 
 
@@ -316,6 +334,7 @@ def _latency(one: Timing | None, base: Timing | None, same_rows: bool) -> Latenc
         low = one.latency_p50_low_ms / base.latency_p50_high_ms
         high = one.latency_p50_high_ms / base.latency_p50_low_ms
     noisy = one.noisy or base.noisy
+    enough = enough_rounds(one.repeats, base.repeats)
     apart = low is not None and high is not None and (low > 1 or high < 1)
     return LatencyRatio(
         ratio=one.latency_p50_ms / base.latency_p50_ms,
@@ -323,35 +342,89 @@ def _latency(one: Timing | None, base: Timing | None, same_rows: bool) -> Latenc
         high=high,
         same_texts=same_texts,
         noisy=noisy,
-        shown=apart and not noisy,
+        enough_rounds=enough,
+        shown=apart and enough and not noisy,
     )
 
 
-def _check(differences: Sequence[Difference], limits: Limits) -> tuple[GateCheck, ...]:
+def _may_lack(source: Source, base: Source) -> bool:
+    """Whether variants of the baseline may be missing: a device does not run all of a build's."""
+    return source.kind == "device" and base.kind == "build"
+
+
+def _check(
+    others: Sequence[Source], base: Source, differences: Sequence[Difference], limits: Limits
+) -> tuple[GateCheck, ...]:
+    """Holds each report against each limit; what is not there to be held fails, too."""
+    given = {
+        limit: allowed
+        for limit, allowed in msgspec.structs.asdict(limits).items()
+        if allowed is not None
+    }
+    if given and not others:
+        raise InputError(
+            f"{_option(next(iter(given)))} has nothing to be held against: {base.label} is the "
+            "only report"
+        )
     checks: list[GateCheck] = []
-    for limit, allowed in msgspec.structs.asdict(limits).items():
-        if allowed is None:
-            continue
-        before = len(checks)
-        for item in differences:
-            measured = _measured(item, limit)
-            if item.shipped and measured is not None:
-                checks.append(
-                    GateCheck(
-                        variant=f"{item.label}: {item.variant}",
-                        limit=limit,
-                        allowed=allowed,
-                        measured=measured,
-                        passed=measured <= allowed,
-                    )
+    for source in others:
+        found = [item for item in differences if item.label == source.label and item.shipped]
+        for limit, allowed in given.items():
+            held = [
+                GateCheck(
+                    variant=f"{item.label}: {item.variant}",
+                    limit=limit,
+                    allowed=allowed,
+                    measured=measured,
+                    passed=measured <= allowed,
                 )
-        if len(checks) == before:
-            what = "accuracy" if limit == "max_accuracy_drop" else "latency"
-            raise InputError(
-                f"--{limit.replace('_', '-')} has nothing to be held against: no variant's "
-                f"{what} is both in the baseline and in another report"
-            )
+                for item in found
+                if (measured := _measured(item, limit)) is not None
+            ]
+            if not held:
+                raise InputError(
+                    f"{_option(limit)} has nothing in {source.label} to be held against: no "
+                    f"variant's {_FIGURES[limit]} is both there and in {base.label}"
+                )
+            checks += held
+        if not _may_lack(source, base):
+            checks += _missing(source, base, given)
     return tuple(checks)
+
+
+_FIGURES = {"max_accuracy_drop": "accuracy", "max_latency_ratio": "latency"}
+
+
+def _option(limit: str) -> str:
+    return f"--{limit.replace('_', '-')}"
+
+
+def _missing(source: Source, base: Source, limits: Iterable[str]) -> list[GateCheck]:
+    """Returns a failed check for each variant of the baseline's bundle without a figure here."""
+    shipped = {item.key: item for item in source.variants if item.shipped}
+    checks = []
+    for item in base.variants:
+        here = shipped.get(item.key)
+        missing = [
+            limit
+            for limit in limits
+            if _has(item, limit) and (here is None or not _has(here, limit))
+        ]
+        if item.shipped and missing:
+            checks.append(
+                GateCheck(
+                    variant=f"{source.label}: {item.variant}",
+                    limit="missing_figures",
+                    allowed=0,
+                    measured=len(missing),
+                    passed=False,
+                )
+            )
+    return checks
+
+
+def _has(item: Measured, limit: str) -> bool:
+    return (item.accuracy if limit == "max_accuracy_drop" else item.timing) is not None
 
 
 def _measured(item: Difference, limit: str) -> float | None:

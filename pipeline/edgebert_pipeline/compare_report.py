@@ -203,6 +203,8 @@ def _accuracy_cells(found: AccuracyDifference | None) -> list[Cell]:
         words = f"shown: {'better' if better else 'worse'}"
     if found.p_value is not None:
         words += f" (p = {found.p_value:.2g})"
+    if not found.same_rows:
+        words = "measured on other rows"
     figures = f"{found.difference:+.2%} ({found.low:+.2%} to {found.high:+.2%})"
     return [Cell(figures, found.difference), Cell(words, mood=_mood(found.shown, better))]
 
@@ -214,7 +216,8 @@ def _latency_cells(found: LatencyRatio | None) -> list[Cell]:
         figures, words = f"{found.ratio:.2f}", "spread of the rounds unknown"
     else:
         figures = f"{found.ratio:.2f} ({found.low:.2f} to {found.high:.2f})"
-        words = f"no difference shown: {'noisy' if found.noisy else 'rounds overlap'}"
+        why = "rounds overlap" if found.enough_rounds else "too few rounds"
+        words = f"no difference shown: {'noisy' if found.noisy else why}"
     if found.shown:
         words = f"{'faster' if found.ratio < 1 else 'slower'} in every round"
     if not found.same_texts:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from edgebert_pipeline.parts import (
     Table,
     shorten,
 )
-from edgebert_pipeline.sources import Measured, Source, read_source
+from edgebert_pipeline.sources import LONGEST, Measured, Source, read_source
 from edgebert_runtime.errors import InputError
 
 __all__ = ["History", "read_history", "render_history_html", "render_history_markdown"]
@@ -52,29 +54,42 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 def read_history(directory: Path) -> History:
     """Reads every report of a build or a device under a directory, but for hidden ones.
 
-    The same report in two places counts once.
+    The same report in two places counts once: a file of just the same bytes.
 
     Raises:
         InputError: There is no such directory, or no report in it.
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: there is no such directory")
-    found: dict[tuple[str, str, str], Source] = {}
+    places = {path: path.relative_to(directory) for path in _candidates(directory)}
+    short = {path: _label(place, directory) for path, place in places.items()}
+    times = Counter(short.values())
+    found: dict[str, Source] = {}
     skipped = []
-    for path in _candidates(directory):
-        place = path.relative_to(directory)
-        label = str(place.parent if path.name == "report.json" else place.with_suffix(""))
+    for path, place in places.items():
+        label = short[path] if times[short[path]] == 1 else str(place)
+        if any(source.label == shorten(label, LONGEST) for source in found.values()):
+            label = f"{len(found) + 1}: {label}"
         try:
-            source = read_source(path, directory.absolute().name if label == "." else label)
+            digest = sha256(path.read_bytes()).hexdigest()
+            source = read_source(path, label)
+        except OSError as exc:
+            skipped.append(f"{path} cannot be read: {exc.strerror}")
         except InputError as exc:
             skipped.append(str(exc))
-            continue
-        found.setdefault((source.bundle_digest, source.measured_at, source.machine), source)
+        else:
+            found.setdefault(digest, source)
     if not found:
         why = f": {skipped[0]}" if skipped else ""
         raise InputError(f"{directory} holds no report of a build or a device{why}")
     ordered = sorted(found.values(), key=lambda source: source.measured_at)
     return History(directory=str(directory), sources=tuple(ordered), skipped=tuple(skipped))
+
+
+def _label(place: Path, directory: Path) -> str:
+    if place.name != "report.json":
+        return str(place.with_suffix(""))
+    return directory.absolute().name if place.parent == Path() else str(place.parent)
 
 
 def _candidates(directory: Path) -> Iterator[Path]:
@@ -130,12 +145,11 @@ def _lead(history: History) -> list[Part]:
                 "warn",
             )
         )
-    machines = {source.machine for source in history.sources}
-    if len(machines) > 1:
+    if len({source.machine for source in history.sources}) > 1:
         parts.append(
             Notice(
-                f"Measured on {len(machines)} different machines: lines of latency join what one "
-                "machine measured.",
+                "Not known to be measured on the same machine: lines of latency join what machines "
+                "of one description measured.",
                 "warn",
             )
         )
@@ -151,7 +165,8 @@ def _sections(history: History) -> list[Section]:
         compared = compare_sources([before, latest], allow_different_data=True)
         if compared.differences:
             title = f"The latest, {latest.label}, against {before.label}"
-            rows = (differences_table(compared), about_differences(compared))
+            warnings = (Notice(warning, "warn") for warning in compared.warnings)
+            rows = (*warnings, differences_table(compared), about_differences(compared))
             sections.append(Section("latest", title, rows))
     parts: list[Part] = [_table(history.sources)]
     parts += [f"Not read: {reason}" for reason in history.skipped]
@@ -279,7 +294,7 @@ def _chart(
     notes = {
         "accuracy": "Vertical lines: 95 % intervals. Points are joined while the test rows stay "
         "the same.",
-        "p50": "Vertical lines end at p99. Points of one machine are joined.",
+        "p50": "Vertical lines end at p99. Points of one description of a machine are joined.",
     }
     return Chart(
         title,

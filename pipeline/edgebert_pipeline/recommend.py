@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgebert_pipeline.gate import keeps_all
+from edgebert_pipeline.intervals import enough_rounds
 from edgebert_pipeline.report import GateCheck, Recommendation
 from edgebert_pipeline.scores import Evaluation, VariantScores
 from edgebert_runtime.bench import Timing
@@ -17,8 +18,8 @@ def recommend(evaluation: Evaluation, gate: Sequence[GateCheck]) -> Recommendati
 
     One that breaks a limit of the gate, or that the paired test shows to be less accurate than its
     reference, is not recommended; the reference is held to the limits that the gate spares it,
-    too. Of the others, the one with the lowest median latency is; where
-    rounds overlap with those of the fastest, the smallest of them.
+    too. Of the others, the one with the lowest median latency is; where rounds overlap with those
+    of the fastest, or are too few to tell, the smallest of them.
     """
     timed = {v.full_name: v.timing for v in evaluation.shipped if v.timing is not None}
     if not timed:
@@ -52,11 +53,11 @@ def recommend(evaluation: Evaluation, gate: Sequence[GateCheck]) -> Recommendati
 
 
 def _slower(timing: Timing, fastest: Timing) -> bool:
-    """Whether a variant's median latency was higher in every round than the fastest one's."""
+    """Whether a variant's median latency was higher in every one of enough rounds."""
     low, high = timing.latency_p50_low_ms, fastest.latency_p50_high_ms
     if low is None or high is None:
         return timing.latency_p50_ms > fastest.latency_p50_ms
-    return low > high
+    return low > high and enough_rounds(timing.repeats, fastest.repeats)
 
 
 def _reason(
@@ -68,7 +69,7 @@ def _reason(
 ) -> str:
     p50 = timed[best.full_name].latency_p50_ms
     fastest = min(timed[v.full_name].latency_p50_ms for v in left)
-    first = "the fastest" if p50 == fastest else "the smallest of the fastest, whose rounds overlap"
+    first = "the fastest" if p50 == fastest else "the smallest of those not shown to be slower"
     if len(left) > 1:
         sentence = (
             f"Of {len(left)} variants that keep to every limit and are not shown to be less "

@@ -89,6 +89,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
         commit: That the build was made from, if known.
         bundle_digest: Of the bundle that was measured.
         machine: The processor, board, GPU and power mode; what makes figures of speed comparable.
+            A build and a device say not all of the same: where this differs, the machine may yet
+            be one.
         notes: What else bears on the figures: temperatures, for instance.
         rows_sha256: Hash of the labelled rows; ``None`` without any, and in older reports.
         data_sha256: Hash of all rows of the build's data, the test rows among them; ``None`` on

@@ -94,8 +94,8 @@ class Gatherer:
 
     What waits is cut into batches by length, and the one with the row that has waited longest is
     run. That begins when as many rows wait as can be expected, by how many callers there are, and
-    at the latest ``max_wait_ms`` after that row came, if a worker is free. So a lone caller does not
-    wait for others, but for the first time after a crowd.
+    at the latest ``max_wait_ms`` after that row came, if a worker is free. So a lone caller waits
+    for others once after a crowd, and else not at all.
 
     Args:
         run: Computes the raw outputs of a batch, ``float32[rows, labels]``; called by ``workers``

@@ -91,9 +91,24 @@ def printable(text: str) -> str:
 
 
 def check_output(path: Path | None, option: str) -> None:
-    """Checks, before long work, that a file can be written. Raises ``InputError``."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise InputError(f"{option} {path}: give a file in a directory that is there")
+    """Checks, before long work, that a file can be written. Raises ``InputError``.
+
+    It is opened, so that whatever forbids that is met now; what is in it stays, and where there
+    was none, there is none.
+    """
+    if path is None:
+        return
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            raise InputError(f"{option} {path}: give a file in a directory that is there")
+        there = path.exists() or path.is_symlink()
+        if there and not path.is_file():  # a pipe would end with the first that is closed
+            return
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as exc:
+        raise InputError(f"{option} {path} cannot be written: {exc.strerror}") from exc
 
 
 def _bundle_argument(command: Callable[..., None]) -> Callable[..., None]:

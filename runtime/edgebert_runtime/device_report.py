@@ -370,6 +370,12 @@ def _environment(facts: DeviceFacts) -> dict[str, str]:
     return found
 
 
+class _Head(msgspec.Struct):
+    """What every version has."""
+
+    device_report_version: Annotated[int, Meta(ge=1)]
+
+
 def read_device_report(data: bytes, name: str) -> DeviceReport:
     """Decodes a report that ``measure_device`` made; ``name`` is for messages.
 
@@ -377,6 +383,12 @@ def read_device_report(data: bytes, name: str) -> DeviceReport:
         InputError: It is none, or one of a version that this edgebert does not know.
     """
     try:
+        version = msgspec.json.decode(data, type=_Head).device_report_version
+        if version > DEVICE_REPORT_VERSION:
+            raise InputError(
+                f"{name} has device_report_version {version}; this edgebert reads up to "
+                f"{DEVICE_REPORT_VERSION}: use a newer one"
+            )
         return msgspec.json.decode(data, type=DeviceReport)
     except msgspec.DecodeError as exc:
         raise InputError(f"{name} is not a device's report of this edgebert: {exc}") from exc

@@ -257,7 +257,7 @@ def made_timing(p50_ms: float, **change: Any) -> Timing:
     """Timing whose rounds spread by two per cent, of texts that are always the same ones."""
     timing = Timing(
         texts=10,
-        repeats=3,
+        repeats=5,
         latency_p50_ms=p50_ms,
         latency_p90_ms=2 * p50_ms,
         latency_p99_ms=3 * p50_ms,

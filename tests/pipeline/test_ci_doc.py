@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +65,48 @@ def test_artifacts_are_what_the_next_run_looks_for() -> None:
     ]
     (fetch,) = [s["run"] for s in steps if "download" in s.get("run", "")]
     assert "--name export --dir main" in fetch  # so it is main/bundle
+    (listing,) = re.findall(r"gh run list(.*?)--json", fetch, re.DOTALL)
+    assert "--branch main --event push " in listing  # not of a fork's branch main
     assert "build/ci/bundle" in gitlab["export"]["artifacts"]["paths"]
     assert "main/build/ci/bundle" in gitlab["export"]["script"][-1]  # GitLab keeps the path
 
 
-def test_comparing_with_the_main_branch_works(tmp_path: Path, tiny_bundles, write_recipe) -> None:
-    github, _ = snippets()
-    (step,) = [
-        s for s in github["jobs"]["export"]["steps"] if "edgebert compare" in s.get("run", "")
-    ]
-    shutil.copytree(tiny_bundles["single"], tmp_path / "main" / "bundle")
-    shutil.copytree(tiny_bundles["single"], tmp_path / "build" / "ci" / "bundle")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path, "RECIPE": str(write_recipe())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture
+def compare_with_main(
+    tmp_path: Path, tiny_bundles, write_recipe, made_report
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Returns a function that runs the step for a change whose report has other ``about``."""
+
+    def compare(**about: Any) -> subprocess.CompletedProcess[str]:
+        github, _ = snippets()
+        (step,) = [
+            s for s in github["jobs"]["export"]["steps"] if "edgebert compare" in s.get("run", "")
+        ]
+        for place, report in (("main", made_report()), ("build/ci", made_report(**about))):
+            shutil.copytree(tiny_bundles["single"], tmp_path / place / "bundle")
+            (tmp_path / place / "report.json").write_bytes(report)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return subprocess.run(
+            ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, "RECIPE": str(write_recipe())},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return compare
+
+
+def test_a_change_of_the_test_data_is_refused(compare_with_main) -> None:
+    done = compare_with_main(rows=tuple(f"other {number}" for number in range(40)))
+    assert done.returncode == 2
+    assert "main and ci were measured on different test rows" in done.stderr
+
+
+def test_comparing_with_the_main_branch_works(tmp_path: Path, compare_with_main) -> None:
+    done = compare_with_main()
     # How fast a tiny model answers is chance; what it answers is not.
     assert done.returncode in (0, 3), done.stderr
     comment = (tmp_path / "compare.md").read_text()

@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgebert_pipeline.cli import main
-from edgebert_pipeline.compare import Compared, compare_sources
+from edgebert_pipeline.compare import Compared, Limits, compare_sources
 from edgebert_pipeline.compare_report import render_compared_markdown
 from edgebert_pipeline.intervals import unpaired_difference
 from edgebert_pipeline.junit import render_junit
 from edgebert_pipeline.report import GateCheck
-from edgebert_pipeline.sources import read_source, read_sources
+from edgebert_pipeline.sources import Source, read_source, read_sources
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cli import main as runtime
 
@@ -119,6 +119,21 @@ def test_rounds_that_overlap_show_no_difference_in_speed(write) -> None:
     assert "slower in every round" in text
 
 
+@pytest.mark.parametrize(("rounds", "shown"), [(1, False), (3, False), (4, True)])
+def test_too_few_rounds_show_no_difference_in_speed(write, rounds: int, shown: bool) -> None:
+    paths = write("a", p50_ms={"fp32": 2}), write("b", p50_ms={"fp32": 3})
+    for path in paths:
+        report = json.loads(path.read_bytes())
+        for variant in report["evaluation"]["variants"]:
+            variant["timing"]["repeats"] = rounds
+        path.write_text(json.dumps(report))
+    latency = {d.variant: d.latency for d in found(run(*paths, "--json")).differences}["fp32"]
+    assert latency.shown is shown
+    text = run(*paths).stdout
+    assert ("slower in every round" in text) is shown
+    assert ("no difference shown: too few rounds" in text) is not shown
+
+
 def test_a_student_is_held_against_what_the_bundle_held_before(write) -> None:
     paths = write("before"), write("after", model="student")
     differences = found(run(*paths, "--json")).differences
@@ -141,7 +156,7 @@ def test_noisy_measurements_and_other_machines_are_told(write) -> None:
     report["evaluation"]["environment"]["processor"] = "Other CPU"
     other.write_text(json.dumps(report))
     warnings = " ".join(found(run(one, other, "--json")).warnings)
-    assert "2 different machines" in warnings
+    assert "Not known to be measured on the same machine" in warnings
     assert "b (int8-cpu, 20%)" in warnings
 
 
@@ -174,6 +189,25 @@ def test_different_test_rows_are_refused_unless_allowed_and_then_told(write, tmp
     assert sentence in (tmp_path / "page.html").read_text()
     differences = found(run(*paths, "--allow-different-data", "--json")).differences
     assert {item.accuracy.p_value for item in differences} == {None}  # nothing is paired
+
+
+def test_no_difference_is_shown_on_other_rows(write) -> None:
+    rows = tuple(f"other {number}" for number in range(40))
+    paths = write("a", right={"fp32": right(40)}), write("b", rows=rows, right={"fp32": right(10)})
+    result = run(*paths, "--allow-different-data", "--json")
+    (item,) = found(result).differences
+    assert item.accuracy is not None and item.accuracy.high < 0  # it would be on the same rows
+    assert not item.accuracy.same_rows and not item.accuracy.shown
+    text = run(*paths, "--allow-different-data").stdout
+    assert re.search(r"\| b +\| fp32 .*\| measured on other rows +\|", text)
+    assert "shown: worse" not in text
+
+
+def test_every_pair_of_reports_on_different_rows_is_named(write) -> None:
+    rows = tuple(f"other {number}" for number in range(40))
+    refused = run(write("a"), write("b"), write("c", rows=rows))
+    assert refused.exit_code == 2
+    assert "a and c; b and c were measured on different test rows" in refused.stderr
 
 
 def test_older_reports_of_the_same_data_are_the_same_rows(write) -> None:
@@ -235,6 +269,53 @@ def test_a_limit_with_nothing_to_hold_it_against_is_refused(write) -> None:
     alone = run(write("a"), "--max-accuracy-drop", 0.1)
     assert alone.exit_code == 2
     assert "--max-accuracy-drop has nothing to be held against" in alone.stderr
+
+
+def test_dropping_a_variant_does_not_get_round_a_limit(write) -> None:
+    base, less = write("base"), write("less", right={"fp32": right(40)})
+    assert run(base, less).exit_code == 0
+    refused = run(base, less, "--max-accuracy-drop", 0.1, "--max-latency-ratio", 9)
+    assert refused.exit_code == 3
+    assert "gate: less: int8-cpu: missing_figures allows 0, got 2" in refused.stderr
+    assert "1 of 3 checks against base failed" in refused.stdout
+
+
+def test_a_variant_that_is_no_longer_timed_does_not_get_round_a_limit(write) -> None:
+    paths = write("base"), write("less")
+    report = json.loads(paths[1].read_bytes())
+    report["evaluation"]["variants"][0]["timing"] = None
+    paths[1].write_text(json.dumps(report))
+    assert run(*paths, "--max-accuracy-drop", 0.1).exit_code == 0
+    refused = run(*paths, "--max-latency-ratio", 9)
+    assert refused.exit_code == 3
+    assert "gate: less: int8-cpu: missing_figures allows 0, got 1" in refused.stderr
+
+
+def test_each_report_needs_something_that_a_limit_can_be_held_against(write) -> None:
+    paths = write("a"), write("b"), write("c", right={"other": right(40), "fp32": right(40)})
+    report = json.loads(paths[2].read_bytes())
+    for variant in report["evaluation"]["variants"]:
+        variant["timing"] = None
+    paths[2].write_text(json.dumps(report))
+    refused = run(*paths, "--max-latency-ratio", 9)
+    assert refused.exit_code == 2
+    assert "--max-latency-ratio has nothing in c to be held against" in refused.stderr
+
+
+def test_a_device_may_lack_what_a_build_has_but_not_what_another_device_had(
+    write, tmp_path: Path
+) -> None:
+    def device(name: str, *variants: str) -> Source:
+        source = read_source(write(name, right={v: right(36) for v in variants}), name)
+        return msgspec.structs.replace(source, kind="device")
+
+    build = read_source(write("build"), "build")
+    both, one = device("both", "int8-cpu", "fp32"), device("one", "fp32", "other")
+    limits = Limits(max_accuracy_drop=0.1)
+    assert compare_sources([build, one], limits=limits).passed
+    found = compare_sources([both, one], limits=limits)
+    assert [check.variant for check in found.checks if not check.passed] == ["one: int8-cpu"]
+    assert "one lacks int8-cpu of both." in found.notes
 
 
 # limits

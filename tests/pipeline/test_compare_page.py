@@ -46,7 +46,8 @@ def page(request, tmp_path_factory, made_report) -> str:
         arguments = ["compare", *files, f"{HOSTILE.replace('=', ' ')}={directory / 'orin.json'}"]
         arguments += ["--max-accuracy-drop", "0.5"]
     done = CliRunner().invoke(main, [*arguments, "--html", str(html)])
-    assert done.exit_code == 0, done.stderr
+    # One of orin's variants is called otherwise, and so is missing.
+    assert done.exit_code == (3 if request.param == "compare" else 0), done.stderr
     return html.read_text(encoding="utf-8")
 
 

@@ -65,6 +65,33 @@ def test_a_report_in_two_places_counts_once(write, tmp_path: Path) -> None:
     assert "1 report over time" in run(tmp_path).stdout
 
 
+def test_two_measurements_of_one_bundle_in_one_second_are_two(write, tmp_path: Path) -> None:
+    write("one.json", 1, p50_ms={"fp32": 2.0})
+    write("other.json", 1, p50_ms={"fp32": 2.1})
+    assert "2 reports over time" in run(tmp_path).stdout
+
+
+def test_no_two_reports_are_called_the_same(write, tmp_path: Path) -> None:
+    long = "long/" + "x" * 200
+    for day, place in enumerate(("a.json", "a/report.json", f"{long}1.json", f"{long}2.json"), 1):
+        write(place, day)
+    sources = msgspec.json.decode(run(tmp_path, "--json").stdout, type=History).sources
+    labels = [source.label for source in sources]
+    assert labels[:2] == ["a.json", "a/report.json"]
+    assert labels[2].startswith("long/xxx")
+    assert labels[3].startswith("4: long/xxx")
+
+
+def test_machines_are_not_said_to_differ_when_that_is_not_known(write, tmp_path: Path) -> None:
+    write("1.json", 1)
+    report = json.loads(write("2.json", 2).read_bytes())
+    report["evaluation"]["environment"]["processor"] = "Board, Some CPU (x86_64)"
+    (tmp_path / "2.json").write_text(json.dumps(report))
+    text = run(tmp_path).stdout
+    assert text.count("Not known to be measured on the same machine: ") == 2
+    assert "different machines" not in text
+
+
 def test_a_change_of_test_rows_is_told_where_it_is(write, tmp_path: Path) -> None:
     write("1.json", 1)
     write("2.json", 2)
@@ -76,6 +103,16 @@ def test_a_change_of_test_rows_is_told_where_it_is(write, tmp_path: Path) -> Non
         "Not known to be measured on the test rows of the report before: 3 (2026-01-03). "
         "Accuracies on either side do not compare." in text
     )
+
+
+def test_the_latest_on_other_rows_is_shown_neither_better_nor_worse(write, tmp_path) -> None:
+    write("1.json", 1, right={"fp32": [True] * 40})
+    rows = tuple(f"other {number}" for number in range(40))
+    write("2.json", 2, right={"fp32": [True] * 10 + [False] * 30}, rows=rows)
+    latest = run(tmp_path).stdout.partition("## The latest")[2]
+    assert "1 and 2 were measured on different test rows" in latest
+    assert "measured on other rows" in latest
+    assert "shown: worse" not in latest
 
 
 def test_points_are_joined_only_while_rows_and_machine_stay(write, tmp_path: Path) -> None:

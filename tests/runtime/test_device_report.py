@@ -181,7 +181,7 @@ def test_one_variant_or_all() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"device_report_version": 99}, {"variants": []}, {"task": None}, None],
+    [{"device_report_version": 0}, {"variants": []}, {"task": None}, None],
 )
 def test_what_is_no_report_of_a_device_is_refused(tmp_path, tiny_bundles, change) -> None:
     bench(tiny_bundles["single"], "--out", tmp_path / "out.json")
@@ -206,6 +206,27 @@ def test_a_report_that_contradicts_itself_is_refused(tmp_path, tiny_bundles, dat
         (variant if part is None else variant[part])[key] = value
         with pytest.raises(InputError, match=r"^a\.json is not a device's report"):
             read_device_report(json.dumps(report).encode(), "a.json")
+
+
+def test_a_report_of_a_newer_version_asks_for_a_newer_edgebert() -> None:
+    with pytest.raises(InputError, match=r"^a\.json has device_report_version 2; .* a newer one$"):
+        read_device_report(b'{"device_report_version": 2, "name": 1}', "a.json")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "made/by/nobody", "."])
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, name: str) -> None:
+    done = bench("no bundle", "--out", tmp_path / name)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"error: --out {tmp_path / name}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(tmp_path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    for name in ("old.json", "new.json"):
+        assert bench("no bundle", "--out", tmp_path / name).exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+    assert (tmp_path / "old.json").read_text() == "old"
 
 
 def test_a_noisy_measurement_says_so(tmp_path, tiny_bundles) -> None:
