@@ -12,7 +12,7 @@ import hashlib
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from edgebert_export.dataset import Example
 from edgebert_export.errors import ExportError
 from edgebert_export.fidelity import Budget, Fidelity, Judge
 from edgebert_export.tuned_bundle import Replacing, bring_back, write_tuned
+from edgebert_pipeline.build import BuildDirectory
 from edgebert_pipeline.errors import BuildError
 from edgebert_pipeline.progress import Reporter
 from edgebert_pipeline.race import Gain, Goal, Runner, Speed, call_tokens, time_rounds, times
@@ -178,12 +179,26 @@ def tune(
         tuned, winner = run.tune()
         if place is None:
             return tuned
-        if Bundle.open(path).digest != bundle.digest:
-            raise BuildError(f"{path} was changed while it was being tuned; tune it again")
+        _check_unchanged(bundle)
         added = (winner.variant, winner.data) if winner.new else None
         written = write_tuned(bundle, place.directory, tuned.tuning, added)
+        stack.enter_context(_no_export_into(path, reporter))
+        _check_unchanged(bundle)
         place.publish()
         return msgspec.structs.replace(tuned, digest=written.digest)
+
+
+def _check_unchanged(bundle: Bundle) -> None:
+    if Bundle.open(bundle.path).digest != bundle.digest:
+        raise BuildError(f"{bundle.path} was changed while it was being tuned; tune it again")
+
+
+def _no_export_into(path: Path, reporter: Reporter) -> AbstractContextManager[object]:
+    """Holds the build directory that a bundle lies in, if it does; waits for an export's end."""
+    parent = path.resolve().parent
+    if not (parent / ".stages").is_dir():
+        return nullcontext()
+    return BuildDirectory(parent, reporter, wait=True)
 
 
 def _check(bundle: Bundle, out: Path | None, *, with_rows: bool) -> None:

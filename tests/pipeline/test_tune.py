@@ -14,8 +14,10 @@ import signal
 import statistics
 import subprocess
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,10 @@ from scipy.stats import binomtest
 import edgebert_pipeline.tune as module
 from edgebert_export import cpu_kernels
 from edgebert_export.errors import ExportError
+from edgebert_pipeline import race
+from edgebert_pipeline.build import BuildDirectory
 from edgebert_pipeline.cli import main
+from edgebert_pipeline.progress import Reporter
 from edgebert_pipeline.race import Gain, Runner, Speed, call_tokens
 from edgebert_runtime import Classifier
 from edgebert_runtime.bundle import Bundle
@@ -369,6 +374,34 @@ def test_a_bundle_that_changed_meanwhile_is_not_written_over(
     assert Bundle.open(bundle).digest == Bundle.open(other_bundle).digest
 
 
+def test_an_export_that_ends_while_the_tuned_bundle_is_written_is_not_written_over(
+    bundle: Path, rows: Path, other_bundle: Path, monkeypatch: pytest.MonkeyPatch, speeds
+) -> None:
+    """Its build directory is held from the last look at the bundle on."""
+    (bundle.parent / ".stages").mkdir()
+    real, held, waited_for = module.write_tuned, threading.Event(), threading.Event()
+
+    def export() -> None:
+        with BuildDirectory(bundle.parent, Reporter()):
+            held.set()
+            assert waited_for.wait(20)
+            shutil.rmtree(bundle)
+            shutil.copytree(other_bundle, bundle)
+
+    def write_while_an_export_runs(*arguments: Any) -> Bundle:
+        written = real(*arguments)
+        threading.Thread(target=export).start()
+        assert held.wait(20)
+        monkeypatch.setattr(Reporter, "line", lambda self, text: waited_for.set())
+        return written
+
+    speeds({"int8-cpu-per-tensor": 2.0})
+    monkeypatch.setattr(module, "write_tuned", write_while_an_export_runs)
+    result = call(bundle, "--data", rows, *ANY)
+    assert "was changed while it was being tuned; tune it again" in result.stderr
+    assert Bundle.open(bundle).digest == Bundle.open(other_bundle).digest
+
+
 def test_a_killed_run_leaves_the_bundle_and_the_next_cleans_up(
     bundle: Path, rows: Path, edgebert_command, speeds
 ) -> None:
@@ -383,9 +416,10 @@ def test_a_killed_run_leaves_the_bundle_and_the_next_cleans_up(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert state(bundle) == before
-    assert len(list(bundle.parent.iterdir())) > 1
-    done(bundle, "--data", rows)
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert len(list(bundle.parent.glob(".bundle.tuning-*/"))) == 1
+    speeds({"int8-cpu-per-tensor": 2.0})
+    done(bundle, "--data", rows, *ANY)
+    assert sorted(p.name for p in bundle.parent.iterdir()) == [".bundle.tuning-lock", "bundle"]
     assert the_tuning(bundle)
 
 
@@ -543,6 +577,30 @@ def test_what_a_call_costs_in_tokens_is_read_off_two_lengths(
     row = {"input_ids": np.ones((1, 64), dtype=np.int64)}
     assert call_tokens(_Linear(call_s, 0.01, clock), row) == expected
     assert call_tokens(_Linear(call_s, 0.0, clock), row) is None
+
+
+def test_every_other_round_goes_in_the_opposite_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(race, "_REST_S", 0)
+    order: list[str] = []
+    calls = [partial(order.append, name) for name in "abc"]
+    found = race.times(calls, 2, lambda done, total: None)
+    assert "".join(order) == "abccbaabc"
+    assert [len(row) for row in found] == [3, 3] and all(s > 0 for row in found for s in row)
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def predict(self, texts: Sequence[str]) -> None:
+            order.append(self._name)
+
+    order.clear()
+    both: Any = {name: Named(name) for name in "ab"}
+    rounds = race.time_rounds(both, ["one"], ["of", "many"], 2, lambda done, total: None)
+    assert "".join(order) == "aabbbbaaaabb"
+    assert [set(row) for row in rounds] == [{"a", "b"}] * 2
 
 
 def test_a_runner_answers_as_the_bundle_does_whatever_the_settings(bundle: Path) -> None:
