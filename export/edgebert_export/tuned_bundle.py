@@ -18,6 +18,7 @@ from types import TracebackType
 import filelock
 import msgspec
 
+from edgebert_export.cpu_kernels import CANDIDATES
 from edgebert_export.errors import ExportError
 from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
 from edgebert_runtime.errors import InputError
@@ -40,7 +41,8 @@ def write_tuned(
 ) -> Bundle:
     """Writes a copy of a bundle that holds a tuning, and opens it as a device would.
 
-    A tuning for the same kind of processor and as many cores is replaced.
+    A tuning for the same kind of processor and as many cores is replaced. A variant that some
+    tuning added (its name tells) goes when none is left that names it.
 
     Args:
         bundle: The one to copy; every byte of it is checked on the way.
@@ -53,18 +55,26 @@ def write_tuned(
     """
     manifest = bundle.manifest
     contents = {entry.path: bundle.read(entry.path) for entry in manifest.files}
-    variants = manifest.variants
+    others = [
+        other
+        for other in manifest.tunings
+        if (other.processor, other.cores) != (tuning.processor, tuning.cores)
+    ]
+    stale = {kernels.name for kernels in CANDIDATES}
+    stale -= {one.variant for one in (*others, tuning)}
+    variants = tuple(
+        variant
+        for variant in manifest.variants
+        if variant.name not in stale or variant.devices != ("cpu",)
+    )
+    for gone in {v.model for v in manifest.variants} - {v.model for v in variants}:
+        del contents[gone]
     if added is not None:
         variant, contents[variant.model] = added
         variants = (*variants, variant)
     for path, data in contents.items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_bytes(data)
-    others = [
-        other
-        for other in manifest.tunings
-        if (other.processor, other.cores) != (tuning.processor, tuning.cores)
-    ]
     data = encode_manifest(
         msgspec.structs.replace(
             manifest,

@@ -104,7 +104,9 @@ class Runner:
         self._task = task
         self._cores = cores
         self._on_all_cores = OnnxSession(model, intra_op_threads=cores)
-        self._on_one_core = OnnxSession(model, intra_op_threads=1)
+        self._on_one_core = (
+            self._on_all_cores if cores == 1 else OnnxSession(model, intra_op_threads=1)
+        )
 
     def session(self, *, by_core: bool) -> OnnxSession:
         """Returns the session that computes many texts, one core or all cores at a time."""
