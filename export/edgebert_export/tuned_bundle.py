@@ -18,6 +18,7 @@ from types import TracebackType
 import filelock
 import msgspec
 
+from edgebert_export.cpu_kernels import CANDIDATES
 from edgebert_export.errors import ExportError
 from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
 from edgebert_runtime.errors import InputError
@@ -40,7 +41,8 @@ def write_tuned(
 ) -> Bundle:
     """Writes a copy of a bundle that holds a tuning, and opens it as a device would.
 
-    A tuning for the same kind of processor and as many cores is replaced.
+    A tuning for the same kind of processor and as many cores is replaced. A variant that some
+    tuning added (its name tells) goes when none is left that names it.
 
     Args:
         bundle: The one to copy; every byte of it is checked on the way.
@@ -53,18 +55,26 @@ def write_tuned(
     """
     manifest = bundle.manifest
     contents = {entry.path: bundle.read(entry.path) for entry in manifest.files}
-    variants = manifest.variants
+    others = [
+        other
+        for other in manifest.tunings
+        if (other.processor, other.cores) != (tuning.processor, tuning.cores)
+    ]
+    stale = {kernels.name for kernels in CANDIDATES}
+    stale -= {one.variant for one in (*others, tuning)}
+    variants = tuple(
+        variant
+        for variant in manifest.variants
+        if variant.name not in stale or variant.devices != ("cpu",)
+    )
+    for gone in {v.model for v in manifest.variants} - {v.model for v in variants}:
+        del contents[gone]
     if added is not None:
         variant, contents[variant.model] = added
         variants = (*variants, variant)
     for path, data in contents.items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_bytes(data)
-    others = [
-        other
-        for other in manifest.tunings
-        if (other.processor, other.cores) != (tuning.processor, tuning.cores)
-    ]
     data = encode_manifest(
         msgspec.structs.replace(
             manifest,
@@ -85,10 +95,14 @@ def write_tuned(
 
 
 def bring_back(target: Path) -> None:
-    """Brings back the bundle that a killed run had set aside to replace, if there is one."""
-    aside = _aside(target.resolve())
-    if aside.is_dir() and not target.exists():
-        aside.rename(target.resolve())
+    """Brings back the bundle that a killed run had set aside to replace, if there is one.
+
+    Raises:
+        InputError: It cannot be, or a run is about to replace it.
+    """
+    if not target.exists() and _aside(target.resolve()).is_dir():
+        with Replacing(target):
+            """Holding the place does it."""
 
 
 class Replacing:
@@ -97,7 +111,11 @@ class Replacing:
     ``directory`` is where the new one is to be written, beside its place; ``publish`` puts it
     there. Whatever happens in between, and at every moment, the old bundle can be used: on Linux
     the two change places at once. Elsewhere the old one is set aside for the blink of an eye, and
-    if a run is killed in it, the next brings it back.
+    if a run is killed in it, the next brings it back. The old one is removed only after the new
+    one is on the disk, so this holds for a loss of power, too (but on Windows).
+
+    The lock is an empty file beside the place. It stays: if it were removed, two runs could each
+    hold one of that name.
 
     Args:
         target: The bundle's directory; or one that is not there or empty.
@@ -112,20 +130,25 @@ class Replacing:
         parent, prefix = self._target.parent, self._aside.name.removesuffix("aside")
         self._lock = filelock.FileLock(parent / f"{prefix}lock")
         try:
-            self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            self.directory.chmod(0o755)
+            os.scandir(parent).close()  # the lock would make it
             self._lock.acquire(timeout=0)
-            bring_back(self._target)
-            for left in parent.iterdir():
-                if left.name.startswith(prefix) and left.is_dir() and left != self.directory:
-                    shutil.rmtree(left)
+            self._clean_up(parent, prefix)
+            self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         except filelock.Timeout as exc:
-            self.directory.rmdir()
             raise InputError(f"{target} is being tuned by another run; wait for its end") from exc
         except OSError as exc:
+            self._lock.release()
             raise InputError(
                 f"{target} cannot be written: {exc.strerror}; give another place with --out"
             ) from exc
+
+    def _clean_up(self, parent: Path, prefix: str) -> None:
+        """Mends what a killed run left."""
+        if self._aside.is_dir() and not self._target.exists():
+            self._aside.rename(self._target)
+        for left in parent.iterdir():
+            if left.name.startswith(prefix) and left.is_dir():
+                shutil.rmtree(left)
 
     def publish(self) -> None:
         """Puts what was written into its place; what was there is removed.
@@ -134,6 +157,8 @@ class Replacing:
             ExportError: The disk cannot be written; what was there stays.
         """
         try:
+            self.directory.chmod(0o755)
+            _to_disk(self.directory, *self.directory.rglob("*"))
             if not self._target.exists():
                 self.directory.rename(self._target)
             elif not _exchange(self.directory, self._target):
@@ -143,6 +168,8 @@ class Replacing:
                 except BaseException:
                     self._aside.rename(self._target)
                     raise
+            _to_disk(self._target.parent)
+            if self._aside.is_dir():
                 shutil.rmtree(self._aside)
         except OSError as exc:
             raise ExportError(f"{self._target} cannot be replaced: {exc.strerror}") from exc
@@ -157,12 +184,23 @@ class Replacing:
         traceback: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
-        Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
 
 def _aside(target: Path) -> Path:
     return target.parent / f".{target.name}.tuning-aside"
+
+
+def _to_disk(*paths: Path) -> None:
+    """Waits until files are on the disk, and what directories list."""
+    if os.name == "nt":
+        return  # it cannot be asked to by a directory
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _exchange(one: Path, other: Path) -> bool:

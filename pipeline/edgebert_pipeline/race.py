@@ -1,7 +1,8 @@
 """Times ways to compute the same texts against each other, and says which is shown to be faster.
 
 All take turns, round by round, and what counts is the ratio within a round: a machine whose speed
-drifts slows all of them alike. A difference counts if it holds in too many rounds for chance.
+drifts slows all of them alike. Every other round goes in the opposite order, so that none always
+comes after the same one. A difference counts if it holds in too many rounds for chance.
 
 Each turn begins with a rest. ONNX Runtime's threads go on looking for work for some 50 ms after the
 last call, and whoever comes next would share the cores with those of the one before.
@@ -20,6 +21,7 @@ from typing import Literal
 import msgspec
 
 from edgebert_pipeline.progress import Progress
+from edgebert_runtime.bench import in_turn
 from edgebert_runtime.classifier import Classifier, CpuSettings
 from edgebert_runtime.encoder import Text, TextEncoder
 from edgebert_runtime.manifest import Task
@@ -102,7 +104,9 @@ class Runner:
         self._task = task
         self._cores = cores
         self._on_all_cores = OnnxSession(model, intra_op_threads=cores)
-        self._on_one_core = OnnxSession(model, intra_op_threads=1)
+        self._on_one_core = (
+            self._on_all_cores if cores == 1 else OnnxSession(model, intra_op_threads=1)
+        )
 
     def session(self, *, by_core: bool) -> OnnxSession:
         """Returns the session that computes many texts, one core or all cores at a time."""
@@ -177,7 +181,7 @@ def time_rounds(
     found: list[dict[str, Speed]] = []
     for round_ in range(rounds + 1):
         row: dict[str, Speed] = {}
-        for name, classifier in classifiers.items():
+        for name, classifier in in_turn(classifiers.items(), round_):
             time.sleep(_REST_S)
             latency = statistics.median(
                 _seconds(partial(classifier.predict, [text])) for text in single
@@ -204,18 +208,18 @@ def times(
     """Returns seconds of each call in each round, after a round that does not count.
 
     Args:
-        calls: In turns.
+        calls: In turns; in every other round, the last first.
         rounds: How many.
         progress: Called with rounds done and rounds in all.
         rest: Whether a call is of another session than the one before.
     """
     found: list[list[float]] = []
     for round_ in range(rounds + 1):
-        row = []
-        for call in calls:
+        row = [0.0] * len(calls)
+        for index, call in in_turn(enumerate(calls), round_):
             if rest:
                 time.sleep(_REST_S)
-            row.append(_seconds(call))
+            row[index] = _seconds(call)
         found.append(row)
         progress(round_, rounds)
     return found[1:]

@@ -9,10 +9,11 @@ faster there, too, is it taken (docs/decisions/0020).
 from __future__ import annotations
 
 import hashlib
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,9 @@ from edgebert_export.dataset import Example
 from edgebert_export.errors import ExportError
 from edgebert_export.fidelity import Budget, Fidelity, Judge
 from edgebert_export.tuned_bundle import Replacing, bring_back, write_tuned
+from edgebert_pipeline.build import BuildDirectory
 from edgebert_pipeline.errors import BuildError
-from edgebert_pipeline.progress import Reporter
+from edgebert_pipeline.progress import Progress, Reporter
 from edgebert_pipeline.race import Gain, Goal, Runner, Speed, call_tokens, time_rounds, times
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.classifier import CpuSettings, encoder_for, tuning_for
@@ -40,6 +42,8 @@ from edgebert_runtime.processor import processor_kind, usable_cores
 __all__ = ["SettingsTrial", "Trial", "Tuned", "open_to_tune", "tune"]
 
 _ROUNDS, _FINAL_ROUNDS = 5, 21
+_HEAT = 3
+"""Variants that are open at once beside today's."""
 _SINGLE_TEXTS, _MANY_TEXTS = 100, 1024
 _BATCH_TOKENS = (128, 256, 512, 1024, 2048)
 
@@ -90,6 +94,8 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
     """What was tried, found, and written.
 
     Attributes:
+        processor: The kind of this machine's.
+        cores: That were used.
         today: The variant that the bundle ran here.
         goal: What was compared.
         budget: What a variant may cost; ``None`` without labelled rows.
@@ -98,10 +104,12 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
         settings: Every setting that was tried, those that hold today first.
         final: The winner with its settings over what the bundle runs today, in rounds of their
             own; ``None`` if nothing was promising before.
-        tuning: What was found: the winner, or what the bundle ran here anyway.
+        tuning: The winner; ``None`` if what the bundle runs here today stays.
         digest: Of the bundle that was written; ``None`` if none was.
     """
 
+    processor: str
+    cores: int
     today: str
     goal: Goal
     budget: Budget | None
@@ -109,7 +117,7 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
     trials: tuple[Trial, ...]
     settings: tuple[SettingsTrial, ...]
     final: Gain | None
-    tuning: Tuning
+    tuning: Tuning | None
     digest: str | None
 
 
@@ -150,7 +158,7 @@ def tune(
     dry_run: bool = False,
     reporter: Reporter,
 ) -> Tuned:
-    """Tunes a bundle for this CPU, and writes the result into it.
+    """Tunes a bundle for this CPU, and writes the result into it, if anything won.
 
     Args:
         bundle: From ``open_to_tune``.
@@ -160,7 +168,8 @@ def tune(
         goal: Latency of one text, throughput of many, or both.
         budget: What a variant may cost against FP32.
         cores: Cores to use; all usable ones when ``None``.
-        out: Where to write the tuned bundle instead: a directory that is not there, or empty.
+        out: Where to write the tuned bundle instead: a directory that is not there, or empty. If
+            nothing won, it becomes a copy.
         dry_run: Whether to write nothing.
         reporter: Where to report to.
 
@@ -176,14 +185,33 @@ def tune(
         bundle.verify()
         run = _Run(bundle, examples, texts, goal, budget, cores or usable_cores(), reporter)
         tuned, winner = run.tune()
-        if place is None:
+        if place is None or (tuned.tuning is None and out is None):
             return tuned
-        if Bundle.open(path).digest != bundle.digest:
-            raise BuildError(f"{path} was changed while it was being tuned; tune it again")
-        added = (winner.variant, winner.data) if winner.new else None
-        written = write_tuned(bundle, place.directory, tuned.tuning, added)
+        _check_unchanged(bundle)
+        if tuned.tuning is None:
+            shutil.copytree(path, place.directory, dirs_exist_ok=True)
+            written = Bundle.open(place.directory)
+            written.verify()
+        else:
+            added = (winner.variant, winner.data) if winner.new else None
+            written = write_tuned(bundle, place.directory, tuned.tuning, added)
+        stack.enter_context(_no_export_into(path, reporter))
+        _check_unchanged(bundle)
         place.publish()
         return msgspec.structs.replace(tuned, digest=written.digest)
+
+
+def _check_unchanged(bundle: Bundle) -> None:
+    if Bundle.open(bundle.path).digest != bundle.digest:
+        raise BuildError(f"{bundle.path} was changed while it was being tuned; tune it again")
+
+
+def _no_export_into(path: Path, reporter: Reporter) -> AbstractContextManager[object]:
+    """Holds the build directory that a bundle lies in, if it does; waits for an export's end."""
+    parent = path.resolve().parent
+    if not (parent / ".stages").is_dir():
+        return nullcontext()
+    return BuildDirectory(parent, reporter, wait=True)
 
 
 def _check(bundle: Bundle, out: Path | None, *, with_rows: bool) -> None:
@@ -239,10 +267,12 @@ class _Run:
         if self._examples:
             self._make_models()
             self._judge_models()
+        self._time_models()
+        winner = self._best_model()
         with ExitStack() as stack:
-            runners = self._open_models(stack)
-            self._time_models(runners)
-            winner = self._best_model()
+            runners = {
+                name: stack.enter_context(self._runner(name)) for name in {self._today, winner}
+            }
             trials = [] if self._goal == "latency" else self._time_settings(runners[winner])
             settings = _best_settings(trials) or self._settings_today
             rounds: list[dict[str, Speed]] = []
@@ -251,9 +281,11 @@ class _Run:
         final = None
         if rounds:
             final = Gain.of([r["new"].ratio(r["old"], self._goal) for r in rounds])
-            if not final.shown and self._fits(self._today):
-                winner, settings, rounds = self._today, self._settings_today, []
+            if not final.shown and (winner == self._today or self._fits(self._today)):
+                rounds = []
         return Tuned(
+            processor=processor_kind(),
+            cores=self._cores,
             today=self._today,
             goal=self._goal,
             budget=self._budget if self._examples else None,
@@ -261,7 +293,7 @@ class _Run:
             trials=tuple(self._trials.values()),
             settings=tuple(trials),
             final=final,
-            tuning=self._tuning(winner, settings, rounds),
+            tuning=self._tuning(winner, settings, rounds) if rounds else None,
             digest=None,
         ), self._models[winner]
 
@@ -273,7 +305,8 @@ class _Run:
         fp32 = _fp32(self._bundle)
         assert fp32 is not None
         seen = {hashlib.sha256(model.data).digest() for model in self._models.values()}
-        taken = {variant.name for variant in self._bundle.manifest.variants}
+        names = {variant.name for variant in self._bundle.manifest.variants}
+        paths = {entry.path for entry in self._bundle.manifest.files}
         what = f"{len(CANDIDATES)} ways to write {fp32.name} for a CPU"
         with (
             self._reporter.stage("candidates", what) as progress,
@@ -282,17 +315,20 @@ class _Run:
             source = Path(directory) / "fp32.onnx"
             source.write_bytes(self._models[fp32.name].data)
             for done, kernels in enumerate(CANDIDATES, start=1):
-                name = kernels.name
+                name, path = kernels.name, f"models/{kernels.name}.onnx"
+                data = b""
                 try:
-                    data = b"" if name in taken else write_for(kernels, source)
+                    if name not in names and path not in paths:
+                        data = write_for(kernels, source)
+                    elif name not in self._models:
+                        self._leave_out(name, f"the bundle has another {name} or {path}")
                 except ExportError as exc:
                     self._leave_out(name, str(exc))
-                    data = b""
                 if data and hashlib.sha256(data).digest() not in seen:
                     seen.add(hashlib.sha256(data).digest())
                     variant = Variant(
                         name=name,
-                        model=f"models/{name}.onnx",
+                        model=path,
                         precision=kernels.precision,
                         devices=("cpu",),
                     )
@@ -330,42 +366,60 @@ class _Run:
                     )
                 progress(done, len(self._models))
 
-    def _open_models(self, stack: ExitStack) -> dict[str, Runner]:
-        """Opens what fits the budget, and what runs today, whatever it answers."""
-        found: dict[str, Runner] = {}
-        for name, model in self._models.items():
-            self._trials.setdefault(
-                name, Trial(name=name, new=model.new, size_bytes=len(model.data))
-            )
-            if self._fits(name) or name == self._today:
-                task = self._bundle.manifest.task
-                try:
-                    runner = Runner(model.data, self._encoder, task, self._cores)
-                except EdgebertError as exc:
-                    if name == self._today:
-                        raise
-                    self._leave_out(name, str(exc))
-                else:
-                    found[name] = stack.enter_context(runner)
-        return found
+    def _runner(self, name: str) -> Runner:
+        return Runner(
+            self._models[name].data, self._encoder, self._bundle.manifest.task, self._cores
+        )
 
-    def _time_models(self, runners: Mapping[str, Runner]) -> None:
-        what = f"{len(runners)} variants in turns, {_ROUNDS} rounds"
-        with self._reporter.stage("speed", what) as progress, ExitStack() as stack:
+    def _time_models(self) -> None:
+        """Times what fits the budget against what runs today, whatever that answers.
+
+        A few at a time: a device may not have the memory for all of them.
+        """
+        for name, model in self._models.items():
+            trial = Trial(name=name, new=model.new, size_bytes=len(model.data))
+            self._trials.setdefault(name, trial)
+        others = [name for name in self._models if name != self._today and self._fits(name)]
+        heats = [others[first : first + _HEAT] for first in range(0, len(others), _HEAT)] or [[]]
+        what = f"{1 + len(others)} variants in turns, {_ROUNDS} rounds"
+        with (
+            self._reporter.stage("speed", what) as progress,
+            self._runner(self._today) as today,
+        ):
+            rounds = [
+                round_
+                for number, heat in enumerate(heats)
+                for round_ in self._time_heat(
+                    heat, today, partial(_part, progress, number, len(heats))
+                )
+            ]
+        for name in (self._today, *others):
+            own = [round_ for round_ in rounds if name in round_]
+            if own:
+                self._trials[name] = msgspec.structs.replace(
+                    self._trials[name],
+                    latency_p50_ms=_median(own, name, lambda speed: speed.latency_p50_ms),
+                    throughput_texts_per_s=_median(
+                        own, name, lambda speed: speed.throughput_texts_per_s
+                    ),
+                    gain=Gain.of([r[name].ratio(r[self._today], self._goal) for r in own]),
+                )
+
+    def _time_heat(
+        self, names: Sequence[str], today: Runner, progress: Progress
+    ) -> list[dict[str, Speed]]:
+        with ExitStack() as stack:
+            runners = {self._today: today}
+            for name in names:
+                try:
+                    runners[name] = stack.enter_context(self._runner(name))
+                except EdgebertError as exc:
+                    self._leave_out(name, str(exc))
             classifiers = {
                 name: stack.enter_context(runner.classifier(self._settings_today))
                 for name, runner in runners.items()
             }
-            rounds = time_rounds(classifiers, self._texts, self._many, _ROUNDS, progress)
-        for name in runners:
-            self._trials[name] = msgspec.structs.replace(
-                self._trials[name],
-                latency_p50_ms=_median(rounds, name, lambda speed: speed.latency_p50_ms),
-                throughput_texts_per_s=_median(
-                    rounds, name, lambda speed: speed.throughput_texts_per_s
-                ),
-                gain=Gain.of([r[name].ratio(r[self._today], self._goal) for r in rounds]),
-            )
+            return time_rounds(classifiers, self._texts, self._many, _ROUNDS, progress)
 
     def _best_model(self) -> str:
         """The fastest that fits: promising beside today's, unless that does not fit."""
@@ -425,7 +479,7 @@ class _Run:
         self, winner: str, settings: CpuSettings, rounds: Sequence[Mapping[str, Speed]]
     ) -> Tuning:
         fidelity = self._trials[winner].fidelity
-        worth = [round_["new"].ratios(round_["old"]) for round_ in rounds] or [(1.0, 1.0)]
+        worth = [round_["new"].ratios(round_["old"]) for round_ in rounds]
         return Tuning(
             processor=processor_kind(),
             cores=self._cores,
@@ -453,6 +507,11 @@ def _best_settings(trials: Sequence[SettingsTrial]) -> CpuSettings | None:
     if best is None:
         return None
     return CpuSettings(best.batch_tokens, best.call_tokens, best.by_core)
+
+
+def _part(progress: Progress, number: int, parts: int, done: int, total: int) -> None:
+    """Reports progress in one of so many parts."""
+    progress(number * total + done, parts * total)
 
 
 def _median(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from edgebert_pipeline.markdown import table
 from edgebert_pipeline.race import Gain
 from edgebert_pipeline.tune import SettingsTrial, Trial, Tuned
@@ -19,8 +21,7 @@ _SETTINGS = ("tokens a batch", "a call's tokens", "batches", "texts/s", "times t
 
 def render_tuned(tuned: Tuned) -> str:
     """Returns the tables, and what they came to."""
-    tuning = tuned.tuning
-    parts = [f"{tuning.processor}, {tuning.cores} cores; goal: {_GOALS[tuned.goal]}"]
+    parts = [f"{tuned.processor}, {tuned.cores} cores; goal: {_GOALS[tuned.goal]}"]
     parts.append(table(_VARIANTS, [_trial(trial, tuned) for trial in tuned.trials]))
     if tuned.budget is None:
         parts.append(
@@ -39,7 +40,7 @@ def _trial(trial: Trial, tuned: Tuned) -> tuple[str, ...]:
     notes = ["today's"] if trial.name == tuned.today else ["new"] if trial.new else []
     if trial.left_out is not None:
         notes.append(trial.left_out)
-    if trial.name == tuned.tuning.variant:
+    if tuned.tuning is not None and trial.name == tuned.tuning.variant:
         notes.append("taken")
     judged = trial.fidelity
     return (
@@ -56,7 +57,7 @@ def _trial(trial: Trial, tuned: Tuned) -> tuple[str, ...]:
 
 def _settings(trial: SettingsTrial, tuned: Tuned, *, first: bool) -> tuple[str, ...]:
     tuning = tuned.tuning
-    same = all(
+    same = tuning is not None and all(
         getattr(trial, name) == getattr(tuning, name)
         for name in ("batch_tokens", "call_tokens", "by_core")
     )
@@ -75,24 +76,36 @@ def _gain(gain: Gain) -> str:
 
 
 def _outcome(tuned: Tuned) -> str:
-    tuning, today = tuned.tuning, tuned.today
-    fits = next(trial for trial in tuned.trials if trial.name == today).left_out is None
-    if tuned.final is None:
-        return f"{today} stays, as it was: nothing was faster by more than 2 %."
-    settled = (
-        f"{tuning.variant}, batches of at most {tuning.batch_tokens} tokens "
-        f"{'one a core' if tuning.by_core else 'on all cores'}"
-    )
-    gain = tuned.final
+    return " ".join([*_final(tuned), *_outside(tuned)])
+
+
+def _final(tuned: Tuned) -> Iterator[str]:
+    """Says what was taken, or that nothing was, and why."""
+    tuning, today, gain = tuned.tuning, tuned.today, tuned.final
+    if gain is None:
+        others = "nothing" if tuned.budget is None else "nothing within the budget"
+        yield f"{today} stays, as it was: {others} was faster by more than 2 %."
+        return
     final = (
         f"{gain.ratio:.2f} times today's speed in the final rounds, faster in {gain.faster} of "
         f"{gain.rounds}"
     )
-    if tuned.final.shown:
-        return (
-            f"{settled}: {final}; {tuning.measured.latency_ratio:.2f} times as fast for one text, "
-            f"{tuning.measured.throughput_ratio:.2f} times for many."
-        )
-    if not fits:
-        return f"{settled}: {final}; {today} is faster, but not within the budget."
-    return f"{today} stays, as it was: the best of the rest had {final}, which shows nothing."
+    if tuning is None:
+        yield f"{today} stays, as it was: the best of the rest had {final}, which shows nothing."
+        return
+    measured = tuning.measured
+    yield (
+        f"{tuning.variant}, batches of at most {tuning.batch_tokens} tokens "
+        f"{'one a core' if tuning.by_core else 'on all cores'}: {final}; "
+        f"{measured.latency_ratio:.2f} times as fast for one text, "
+        f"{measured.throughput_ratio:.2f} times for many."
+    )
+    if not gain.shown:
+        yield f"{today} is not shown to be slower, but is not within the budget."
+
+
+def _outside(tuned: Tuned) -> Iterator[str]:
+    """Says so if what will run is not within the budget."""
+    fits = next(trial for trial in tuned.trials if trial.name == tuned.today).left_out is None
+    if not fits and (tuned.tuning is None or tuned.tuning.variant == tuned.today):
+        yield f"{tuned.today} is not within the budget, but nothing that runs here is."

@@ -2,18 +2,19 @@
 
 The timing scope is one call of ``predict``, tokenising and labelling included; the part of it that
 the session alone takes is measured in the same calls. Classifiers that are to be compared are
-measured in one run, turn by turn, so that a machine whose speed drifts slows all of them alike. A
-turn is some texts long: a device holds one model, whose weights stay in its processor's cache, and
-changing the model at every text would measure their eviction. So a turn starts with a call that
-does not count, either.
+measured in one run, turn by turn, so that a machine whose speed drifts slows all of them alike;
+every other round in the opposite order, so that none always comes after the same one. A turn is
+some texts long: a device holds one model, whose weights stay in its processor's cache, and changing
+the model at every text would measure their eviction. So a turn starts with a call that does not
+count, either.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,7 +26,17 @@ from edgebert_runtime.encoder import Text, TextEncoder
 from edgebert_runtime.rows import rows_sha256
 from edgebert_runtime.session import Inputs, Outputs, Session
 
-__all__ = ["BATCH_SIZES", "NOISY", "LatencyCell", "Timing", "measure", "spread_over_lengths"]
+__all__ = [
+    "BATCH_SIZES",
+    "NOISY",
+    "LatencyCell",
+    "Timing",
+    "in_turn",
+    "measure",
+    "spread_over_lengths",
+]
+
+_T = TypeVar("_T")
 
 BATCH_SIZES = (1, 8, 32)
 """Texts in a call that latency is broken down by."""
@@ -150,13 +161,14 @@ def measure(
         for text in warmup:
             watched[name].timed(text)
     for round_ in range(repeats):
+        names = in_turn(classifiers, round_)
         for first in range(0, len(texts), _TURN_TEXTS):
-            for name, times in single.items():
+            for name in names:
                 watched[name].timed(texts[first - 1])
                 for index, text in enumerate(texts[first : first + _TURN_TEXTS], start=first):
-                    times[:, round_, index] = watched[name].timed(text)
-        for name, classifier in classifiers.items():
-            whole[name].append(_seconds(partial(classifier.predict, texts)))
+                    single[name][:, round_, index] = watched[name].timed(text)
+        for name in names:
+            whole[name].append(_seconds(partial(classifiers[name].predict, texts)))
         if on_progress is not None:
             on_progress(round_ + 1, repeats)
     sha256 = rows_sha256((text, ()) for text in texts)
@@ -170,6 +182,11 @@ def measure(
         )
         for name, classifier in classifiers.items()
     }
+
+
+def in_turn(those: Iterable[_T], round_: int) -> list[_T]:
+    """Returns who comes when in a round: in odd ones, the last come first."""
+    return list(those)[:: -1 if round_ % 2 else 1]
 
 
 def spread_over_lengths(texts: Sequence[Text], count: int) -> list[Text]:
@@ -257,9 +274,9 @@ def _cell_calls(
 ) -> dict[str, list[float]]:
     """Returns seconds of each call of ``batch_size`` texts, in turns of the classifiers."""
     found: dict[str, list[float]] = {name: [] for name in classifiers}
-    for _ in range(_CELL_TURNS):
-        for name, classifier in classifiers.items():
-            done = found[name]
+    for turn in range(_CELL_TURNS):
+        for name in in_turn(classifiers, turn):
+            classifier, done = classifiers[name], found[name]
             classifier.predict(_batch(texts, batch_size, len(done)))
             spent = 0.0
             for _ in range(_CELL_CALLS // _CELL_TURNS):

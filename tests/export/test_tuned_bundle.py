@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,12 @@ def out(tmp_path: Path) -> Path:
 
 def state(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def beside(bundle: Path) -> list[str]:
+    """What lies where the bundle does, but for the lock, which stays."""
+    names = (path.name for path in bundle.parent.iterdir())
+    return [name for name in names if name != ".bundle.tuning-lock"]
 
 
 def test_a_copy_holds_all_that_was_there_and_the_tuning(bundle: Path, out: Path) -> None:
@@ -122,7 +131,7 @@ def test_the_new_bundle_takes_the_place_and_leaves_nothing_beside_it(
         monkeypatch.setattr(tuned_bundle, "_exchange", lambda one, other: False)
     replace(bundle)
     assert Bundle.open(bundle).manifest.tunings
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert beside(bundle) == ["bundle"]
 
 
 def test_a_link_to_the_directory_stays_one(bundle: Path, tmp_path: Path) -> None:
@@ -155,7 +164,7 @@ def test_a_fault_at_the_last_step_leaves_the_old_bundle(
     with pytest.raises(ExportError, match="cannot be replaced: No space left"):
         replace(bundle)
     assert state(bundle) == before
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert beside(bundle) == ["bundle"]
 
 
 def test_an_error_while_it_is_held_leaves_the_old_bundle(bundle: Path) -> None:
@@ -164,7 +173,7 @@ def test_an_error_while_it_is_held_leaves_the_old_bundle(bundle: Path) -> None:
         (place.directory / "half").write_text("of it")
         raise KeyboardInterrupt
     assert state(bundle) == before
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert beside(bundle) == ["bundle"]
 
 
 def _die_while_writing(bundle: Path) -> None:
@@ -198,12 +207,12 @@ def test_what_a_killed_run_left_is_mended_by_the_next(bundle: Path, die: Any) ->
     process.start()
     process.join()
     assert process.exitcode == 9
-    assert len(list(bundle.parent.iterdir())) > 1
+    assert beside(bundle) != ["bundle"]
     bring_back(bundle)
     assert state(bundle) == before
     replace(bundle)
     assert Bundle.open(bundle).manifest.tunings
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert beside(bundle) == ["bundle"]
 
 
 def test_two_runs_do_not_get_into_each_others_way(bundle: Path) -> None:
@@ -212,7 +221,80 @@ def test_two_runs_do_not_get_into_each_others_way(bundle: Path) -> None:
             replace(bundle)
         assert place.directory.is_dir()
     replace(bundle)
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert beside(bundle) == ["bundle"]
+
+
+def test_one_that_only_looks_does_not_undo_what_another_run_is_at(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned_bundle, "_exchange", lambda one, other: False)
+    rename, refused = Path.rename, []
+
+    def look(one: Path, other: Any) -> Path:
+        found = rename(one, other)
+        if one == bundle:
+            with pytest.raises(InputError, match="being tuned by another run"):
+                bring_back(bundle)
+            refused.append(one)
+        return found
+
+    monkeypatch.setattr(Path, "rename", look)
+    replace(bundle)
+    assert refused and Bundle.open(bundle).manifest.tunings
+
+
+def test_the_lock_is_the_same_file_for_everyone(bundle: Path) -> None:
+    lock = bundle.parent / ".bundle.tuning-lock"
+    replace(bundle)
+    first = lock.stat().st_ino
+    replace(bundle)
+    assert lock.stat().st_ino == first
+
+
+def test_a_run_that_cannot_begin_leaves_nothing_and_is_in_nobodys_way(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", full)
+        with pytest.raises(InputError, match="cannot be written: No space left") as kept:
+            Replacing(bundle)
+    assert beside(bundle) == ["bundle"]
+    replace(bundle)  # while what was raised is still held, and with it the run that failed
+    assert kept.value
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where files are is read from /proc")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_new_bundle_is_on_the_disk_before_the_old_one_goes(
+    bundle: Path, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    exchange, rmtree = tuned_bundle._exchange, shutil.rmtree
+
+    def fsync(descriptor: int) -> None:
+        events.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def change_places(one: Path, other: Path) -> bool:
+        events.append("exchange")
+        return at_once and exchange(one, other)
+
+    def remove(path: Path, **options: Any) -> None:
+        events.append("remove")
+        rmtree(path, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(tuned_bundle, "_exchange", change_places)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with Replacing(bundle) as place:
+        write_tuned(Bundle.open(bundle), place.directory, tuning())
+        new = {str(path) for path in (place.directory, *place.directory.rglob("*"))}
+        place.publish()
+    assert set(events[: events.index("exchange")]) == new
+    assert events[events.index("exchange") + 1] == str(bundle.parent)
+    assert events[events.index("exchange") + 2] == "remove"
 
 
 @pytest.mark.parametrize("place", ["file/inside", "/proc/no-bundle"])

@@ -14,8 +14,10 @@ import signal
 import statistics
 import subprocess
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,10 @@ from scipy.stats import binomtest
 import edgebert_pipeline.tune as module
 from edgebert_export import cpu_kernels
 from edgebert_export.errors import ExportError
+from edgebert_pipeline import race
+from edgebert_pipeline.build import BuildDirectory
 from edgebert_pipeline.cli import main
+from edgebert_pipeline.progress import Reporter
 from edgebert_pipeline.race import Gain, Runner, Speed, call_tokens
 from edgebert_runtime import Classifier
 from edgebert_runtime.bundle import Bundle
@@ -186,7 +191,8 @@ def test_what_does_not_fit_the_budget_is_left_out_however_fast(
     speeds({"int8-cpu-per-tensor": 9.0, "int8-cpu-per-channel": 8.0})
     result = done(bundle, "--data", rows, "--max-accuracy-drop", 1, "--max-flip-rate", 0)
     assert [v.name for v in Bundle.open(bundle).manifest.variants] == ["fp32"]
-    assert the_tuning(bundle).variant == "fp32"
+    assert Bundle.open(bundle).manifest.tunings == ()
+    assert "fp32 stays, as it was: nothing within the budget was faster" in result.stdout
     line = next(row for row in result.stdout.splitlines() if "int8-cpu-per-tensor " in row)
     assert "not within the budget" in line and line.count(" - ") == 3  # it was not timed
 
@@ -207,16 +213,37 @@ def test_todays_variant_goes_when_it_is_not_within_the_budget_though_others_are_
     speeds({"fp32": 0.3}, final=(0.3,) * 6)
     result = done(bundle, "--data", rows, "--max-flip-rate", 0)
     assert the_tuning(bundle).variant in {"fp32", "fp32-cpu"}
-    assert "is faster, but not within the budget" in result.stdout
+    assert "per-tensor is not shown to be slower, but is not within the budget" in result.stdout
+
+
+def test_where_nothing_is_within_the_budget_that_is_said(
+    bundle: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, speeds
+) -> None:
+    monkeypatch.setattr(module.Fidelity, "fits", lambda fidelity, budget: False)
+    result = done(bundle, "--data", rows, *ANY)
+    assert "fp32 is not within the budget, but nothing that runs here is." in result.stdout
+    speeds(settings=(1.0, 1.4), final=(1.1, 0.9) * 3)
+    result = done(bundle, "--data", rows, *ANY)
+    assert "which shows nothing. fp32 is not within the budget, but" in result.stdout
+    assert Bundle.open(bundle).manifest.tunings == ()
 
 
 def test_what_is_not_faster_by_more_than_noise_changes_nothing(
     bundle: Path, rows: Path, speeds
 ) -> None:
     speeds({"int8-cpu-per-tensor": 1.015})
+    before = state(bundle)
     result = done(bundle, "--data", rows, *ANY)
-    assert the_tuning(bundle).variant == "fp32"
-    assert "fp32 stays, as it was: nothing was faster by more than 2 %." in result.stdout
+    assert state(bundle) == before and "nothing was written" in result.stderr
+    assert "fp32 stays, as it was: nothing within the budget was faster" in result.stdout
+    assert "taken" not in result.stdout
+
+
+def test_where_nothing_wins_out_becomes_a_copy(
+    bundle: Path, rows: Path, tmp_path: Path, speeds
+) -> None:
+    done(bundle, "--data", rows, *ANY, "--out", tmp_path / "tuned")
+    assert state(tmp_path / "tuned") == state(bundle)
 
 
 def test_a_winner_that_loses_the_final_rounds_changes_nothing(
@@ -224,9 +251,8 @@ def test_a_winner_that_loses_the_final_rounds_changes_nothing(
 ) -> None:
     speeds({"int8-cpu-per-tensor": 1.5}, final=(1.3, 1.3, 1.3, 1.3, 0.9, 0.9))
     result = done(bundle, "--data", rows, *ANY)
-    found = the_tuning(bundle)
-    assert (found.variant, found.measured.latency_ratio) == ("fp32", 1.0)
-    assert [v.name for v in Bundle.open(bundle).manifest.variants] == ["fp32"]
+    manifest = Bundle.open(bundle).manifest
+    assert manifest.tunings == () and [v.name for v in manifest.variants] == ["fp32"]
     assert "fp32 stays" in result.stdout and "which shows nothing" in result.stdout
 
 
@@ -258,11 +284,15 @@ def test_without_rows_nothing_new_competes_and_that_is_said(
     speeds({"int8-cpu-per-tensor": 2.0})
     done(bundle, "--data", rows, *ANY, "--threads", 7)  # for another number of cores
     names = [v.name for v in Bundle.open(bundle).manifest.variants]
+    assert names == ["fp32", "int8-cpu-per-tensor"]
     speeds({name.name: 3.0 for name in cpu_kernels.CANDIDATES}, final=(1.0,) * 6)
     result = done(bundle, "--threads", 7)
     assert [v.name for v in Bundle.open(bundle).manifest.variants] == names
     assert "No labelled rows were given, so nothing new was tried" in result.stdout
     assert "int8-cpu-per-tensor" in result.stdout and "int8-cpu-blocks-32" not in result.stdout
+    assert "nothing was faster by more than 2 %" in result.stdout
+    speeds(settings=(1.0, 1.4))
+    done(bundle, "--threads", 7)
     assert the_tuning(bundle).measured.rows == 0
 
 
@@ -276,6 +306,59 @@ def test_what_runs_today_is_what_an_earlier_tuning_says(bundle: Path, rows: Path
     found = the_tuning(bundle)
     assert (found.variant, found.measured.before) == ("int8-cpu-blocks-32", "int8-cpu-per-tensor")
     assert found.measured.bundle_sha256 == first
+
+
+def test_what_no_tuning_names_any_more_goes(bundle: Path, rows: Path, speeds) -> None:
+    for kernels in ("per-tensor", "blocks-32"):
+        speeds({f"int8-cpu-{kernels}": 2.0})
+        done(bundle, "--data", rows, *ANY, "--threads", 2)
+    opened = Bundle.open(bundle)
+    assert [v.name for v in opened.manifest.variants] == ["fp32", "int8-cpu-blocks-32"]
+    assert not (bundle / "models" / "int8-cpu-per-tensor.onnx").exists()
+
+
+def test_a_file_or_a_name_of_the_bundles_own_is_not_taken(bundle: Path, rows: Path, speeds) -> None:
+    (bundle / "models" / "int8-cpu-per-tensor.onnx").write_bytes(
+        (bundle / "models" / "fp32.onnx").read_bytes()
+    )
+    variant = {"name": "int8-cpu-per-channel", "precision": "fp32", "devices": ["cuda"]}
+
+    def change(manifest: Any) -> None:
+        (entry,) = [e for e in manifest["files"] if e["path"] == "models/fp32.onnx"]
+        path = "models/int8-cpu-per-tensor.onnx"
+        manifest["files"].append({**entry, "path": path})
+        manifest["variants"].append({**variant, "model": path})
+
+    _edit(bundle, change)
+    speeds({"int8-cpu-per-tensor": 3.0, "int8-cpu-per-channel": 3.0, "int8-cpu-blocks-32": 2.0})
+    output = done(bundle, "--data", rows, *ANY).stdout
+    assert output.count("the bundle has another int8-cpu-per-") == 2
+    assert the_tuning(bundle).variant == "int8-cpu-blocks-32"
+    names = [v.name for v in Bundle.open(bundle).manifest.variants]
+    assert names == ["fp32", "int8-cpu-per-channel", "int8-cpu-blocks-32"]
+
+
+def test_few_models_are_open_at_once(
+    bundle: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, speeds
+) -> None:
+    opened: set[Runner] = set()
+    most = 0
+
+    class Counted(Runner):
+        def __enter__(self) -> Runner:
+            nonlocal most
+            opened.add(self)
+            most = max(most, len(opened))
+            return super().__enter__()
+
+        def __exit__(self, *exc: object) -> None:
+            opened.remove(self)
+            super().__exit__(*exc)
+
+    monkeypatch.setattr(module, "Runner", Counted)
+    document = json.loads(done(bundle, "--data", rows, *ANY, "--json").stdout)
+    assert sum(trial["gain"] is not None for trial in document["trials"]) > 4
+    assert most == 4 and not opened
 
 
 def test_a_kernel_that_is_refused_here_is_said_and_left_out(
@@ -326,7 +409,7 @@ def test_it_runs_for_real(bundle: Path, rows: Path, monkeypatch: pytest.MonkeyPa
     assert {trial["by_core"] for trial in document["settings"]} == {True, False}
     opened = Bundle.open(bundle)
     opened.verify()
-    assert opened.digest == document["digest"]
+    assert document["tuning"] is document["digest"] is None  # one round shows nothing
     with Classifier.load(bundle) as classifier:
         classifier.predict(["it still answers"])
 
@@ -362,9 +445,38 @@ def test_a_bundle_that_changed_meanwhile_is_not_written_over(
         shutil.copytree(other_bundle, bundle)
         return real(run)
 
+    speeds({"int8-cpu-per-tensor": 2.0})
     monkeypatch.setattr(module._Run, "tune", change)
     result = call(bundle, "--data", rows, *ANY)
     assert result.exit_code == 1
+    assert "was changed while it was being tuned; tune it again" in result.stderr
+    assert Bundle.open(bundle).digest == Bundle.open(other_bundle).digest
+
+
+def test_an_export_that_ends_while_the_tuned_bundle_is_written_is_not_written_over(
+    bundle: Path, rows: Path, other_bundle: Path, monkeypatch: pytest.MonkeyPatch, speeds
+) -> None:
+    """Its build directory is held from the last look at the bundle on."""
+    (bundle.parent / ".stages").mkdir()
+    real, held, waited_for = module.write_tuned, threading.Event(), threading.Event()
+
+    def export() -> None:
+        with BuildDirectory(bundle.parent, Reporter()):
+            held.set()
+            assert waited_for.wait(20)
+            shutil.rmtree(bundle)
+            shutil.copytree(other_bundle, bundle)
+
+    def write_while_an_export_runs(*arguments: Any) -> Bundle:
+        written = real(*arguments)
+        threading.Thread(target=export).start()
+        assert held.wait(20)
+        monkeypatch.setattr(Reporter, "line", lambda self, text: waited_for.set())
+        return written
+
+    speeds({"int8-cpu-per-tensor": 2.0})
+    monkeypatch.setattr(module, "write_tuned", write_while_an_export_runs)
+    result = call(bundle, "--data", rows, *ANY)
     assert "was changed while it was being tuned; tune it again" in result.stderr
     assert Bundle.open(bundle).digest == Bundle.open(other_bundle).digest
 
@@ -383,9 +495,10 @@ def test_a_killed_run_leaves_the_bundle_and_the_next_cleans_up(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert state(bundle) == before
-    assert len(list(bundle.parent.iterdir())) > 1
-    done(bundle, "--data", rows)
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert [p for p in bundle.parent.iterdir() if p.is_dir() and p != bundle]
+    speeds({"int8-cpu-per-tensor": 2.0})
+    done(bundle, "--data", rows, *ANY)
+    assert sorted(p.name for p in bundle.parent.iterdir()) == [".bundle.tuning-lock", "bundle"]
     assert the_tuning(bundle)
 
 
@@ -543,6 +656,30 @@ def test_what_a_call_costs_in_tokens_is_read_off_two_lengths(
     row = {"input_ids": np.ones((1, 64), dtype=np.int64)}
     assert call_tokens(_Linear(call_s, 0.01, clock), row) == expected
     assert call_tokens(_Linear(call_s, 0.0, clock), row) is None
+
+
+def test_every_other_round_goes_in_the_opposite_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(race, "_REST_S", 0)
+    order: list[str] = []
+    calls = [partial(order.append, name) for name in "abc"]
+    found = race.times(calls, 2, lambda done, total: None)
+    assert "".join(order) == "abccbaabc"
+    assert [len(row) for row in found] == [3, 3] and all(s > 0 for row in found for s in row)
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def predict(self, texts: Sequence[str]) -> None:
+            order.append(self._name)
+
+    order.clear()
+    both: Any = {name: Named(name) for name in "ab"}
+    rounds = race.time_rounds(both, ["one"], ["of", "many"], 2, lambda done, total: None)
+    assert "".join(order) == "aabbbbaaaabb"
+    assert [set(row) for row in rounds] == [{"a", "b"}] * 2
 
 
 def test_a_runner_answers_as_the_bundle_does_whatever_the_settings(bundle: Path) -> None:

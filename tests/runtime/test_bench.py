@@ -164,6 +164,29 @@ def test_classifiers_take_turns(clock, encoders, text_of) -> None:
     assert changes >= 2 * 2 * 60 / 20
 
 
+def test_each_is_the_first_as_often_as_the_last(clock, encoders, text_of) -> None:
+    """Whoever comes after a slow one would otherwise always pay for it."""
+    calls: list[str] = []
+
+    class Named(WorkingSession):
+        def __init__(self, name: str) -> None:
+            super().__init__(clock)
+            self.name = name
+
+        def run(self, inputs):
+            calls.append(self.name)
+            return super().run(inputs)
+
+    three = {name: classifier(clock, encoders["single"], Named(name)) for name in "abc"}
+    warmup = "aabbcc"
+    measure(three, [text_of(8)], repeats=2, grid_texts=())
+    assert "".join(calls) == warmup + "aabbccabc" + "ccbbaacba"
+    calls.clear()
+    measure(three, [text_of(8)], repeats=1, grid_texts=[text_of(8)])
+    turns = "".join(name for name, _ in itertools.groupby(calls))
+    assert turns == "abc" * 3 + "abcbabcbabc" * 3  # five turns of each of three cells
+
+
 def test_what_older_reports_do_not_say_is_unknown() -> None:
     old = Timing(
         texts=1,
