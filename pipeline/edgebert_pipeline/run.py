@@ -64,6 +64,7 @@ __all__ = ["distill_checkpoint", "export"]
 # Modules whose source decides what a stage makes; see stage_key.
 _LOADING = ("edgebert_pipeline.run", *LOADING)
 _SERVING = (
+    "edgebert_runtime.batching",
     "edgebert_runtime.bench",
     "edgebert_runtime.bundle",
     "edgebert_runtime.classifier",

@@ -94,8 +94,8 @@ class Gatherer:
 
     What waits is cut into batches by length, and the one with the row that has waited longest is
     run. That begins when as many rows wait as can be expected, by how many callers there are, and
-    at the latest ``max_wait_ms`` after that row came, if a worker is free. So a lone caller never
-    waits for others.
+    at the latest ``max_wait_ms`` after that row came, if a worker is free. So a lone caller does not
+    wait for others, but for the first time after a crowd.
 
     Args:
         run: Computes the raw outputs of a batch, ``float32[rows, labels]``; called by ``workers``
@@ -177,8 +177,11 @@ class Gatherer:
                 if self._closed:
                     return None
                 self._changed.wait()
+            if len(self._waiting) >= self._expected() or self._closed:
+                break
             left = self._waiting[0].since + self._max_wait_s - time.monotonic()
-            if len(self._waiting) >= self._expected() or left <= 0 or self._closed:
+            if left <= 0:
+                self._crowd = self._inside  # who was waited for did not come: the crowd is gone
                 break
             self._changed.wait(left)
         self._crowd = max(self._inside, 0.9 * self._crowd)

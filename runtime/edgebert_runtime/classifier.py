@@ -41,6 +41,7 @@ _T = TypeVar("_T")
 _CHUNK_TEXTS = 1024
 """Texts that are tokenised and sorted by length at a time, so that memory stays bounded."""
 _ANY = sys.maxsize
+_MOST_ROWS = 4096
 
 
 class CpuSettings(NamedTuple):
@@ -306,7 +307,7 @@ class Classifier:
             raise InputError(f"give a list of texts, not a {type(texts).__name__}")
         starts = range(0, len(texts), _CHUNK_TEXTS)
         chunks = self._encoded(texts[start : start + _CHUNK_TEXTS] for start in starts)
-        if 0 < len(texts) <= self.batch_size:
+        if 0 < len(texts) <= min(self.batch_size, _CHUNK_TEXTS):
             (rows,) = chunks
             if self._gatherer is not None:
                 return np.stack(self._gatherer.logits(rows))
@@ -352,10 +353,13 @@ class Classifier:
             for rows in chunks:
                 batches = self._cut(rows)
                 pool = self._running_pool()
-                futures = [
-                    pool.submit(self._on_worker, [rows[index] for index in batch])
-                    for batch in reversed(batches)  # the longest first: none is left over alone
-                ]
+                try:
+                    futures = [
+                        pool.submit(self._on_worker, [rows[index] for index in batch])
+                        for batch in reversed(batches)  # the longest first: none is left over alone
+                    ]
+                except RuntimeError as exc:  # another thread closed it a moment ago
+                    raise DeviceError("the classifier is closed") from exc
                 running.append((len(rows), list(zip(reversed(batches), futures, strict=True))))
                 if len(running) > 1:
                     yield self._collected(running.popleft())
@@ -371,9 +375,13 @@ class Classifier:
     ) -> NDArray[np.float32]:
         count, parts = chunk
         logits = np.empty((count, len(self.task.labels)), dtype=np.float32)
+        from concurrent.futures import CancelledError
+
         try:
             for batch, future in parts:
                 logits[batch] = future.result()
+        except CancelledError as exc:
+            raise DeviceError("the classifier was closed before this was computed") from exc
         finally:
             for _, future in parts:
                 future.cancel()
@@ -622,8 +630,8 @@ def _check_belongs(session: OnnxSession | TensorRTSession, bundle: Bundle) -> No
 
 
 def _check_sizes(batch_size: int, max_wait_ms: float | None) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+    if not 1 <= batch_size <= _MOST_ROWS:
+        raise InputError(f"batch_size is {batch_size}; it must lie between 1 and {_MOST_ROWS}")
     if max_wait_ms is not None and not 0 <= max_wait_ms <= 60_000:
         raise InputError(f"max_wait_ms is {max_wait_ms}; it must lie between 0 and 60000")
 

@@ -225,6 +225,47 @@ def test_a_fault_reaches_every_caller_of_its_batch_and_no_other() -> None:
     gatherer.close()
 
 
+def test_who_comes_after_a_crowd_waits_for_it_once() -> None:
+    def run(rows: list[Encoded]) -> Any:
+        return np.zeros((len(rows), 2), dtype=np.float32)
+
+    gatherer = _gatherer(run, max_wait_ms=20.0)
+    gatherer._crowd = 100.0
+    gatherer.logits([_row(3)])
+    assert gatherer._expected() <= 1  # a row alone is all that is waited for from now on
+    gatherer.close()
+
+
+def test_more_texts_than_a_chunk_fit_into_a_large_batch(tiny_bundles: dict[str, Path]) -> None:
+    with Classifier.load(tiny_bundles["single"], device="cpu", batch_size=4096) as classifier:
+        assert len(classifier.predict(["a text"] * 1500)) == 1500
+    with pytest.raises(InputError, match="batch_size is 4097; it must lie between 1 and 4096"):
+        Classifier.load(tiny_bundles["single"], device="cpu", batch_size=4097)
+
+
+def test_closing_while_others_ask_is_said_to_them(tiny_bundles: dict[str, Path]) -> None:
+    classifier = Classifier.load(tiny_bundles["single"], device="cpu", intra_op_threads=2)
+    faults: list[BaseException] = []
+    asking = threading.Event()
+
+    def ask() -> None:
+        try:
+            while True:
+                classifier.predict(["a text of some length"] * 200)
+                asking.set()
+        except BaseException as exc:
+            faults.append(exc)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert asking.wait(60)
+    classifier.close()
+    for thread in threads:
+        thread.join(60)
+    assert [type(fault) for fault in faults] == [DeviceError] * 3
+
+
 def test_what_waits_when_it_is_closed_is_answered_and_what_comes_later_refused() -> None:
     def run(rows: list[Encoded]) -> Any:
         return np.zeros((len(rows), 2), dtype=np.float32)
