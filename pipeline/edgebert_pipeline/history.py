@@ -165,8 +165,8 @@ def _sections(history: History) -> list[Section]:
         compared = compare_sources([before, latest], allow_different_data=True)
         if compared.differences:
             title = f"The latest, {latest.label}, against {before.label}"
-            warnings = (Notice(warning, "warn") for warning in compared.warnings)
-            rows = (*warnings, differences_table(compared), about_differences(compared))
+            rows: list[Part] = [Notice(warning, "warn") for warning in compared.warnings]
+            rows += [differences_table(compared), about_differences(compared)]
             sections.append(Section("latest", title, rows))
     parts: list[Part] = [_table(history.sources)]
     parts += [f"Not read: {reason}" for reason in history.skipped]
