@@ -228,7 +228,8 @@ def test_one_that_only_looks_does_not_undo_what_another_run_is_at(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuned_bundle, "_exchange", lambda one, other: False)
-    rename, refused = Path.rename, []
+    rename = Path.rename
+    refused: list[Path] = []
 
     def look(one: Path, other: Any) -> Path:
         found = rename(one, other)
