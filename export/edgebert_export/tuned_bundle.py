@@ -130,7 +130,8 @@ class Replacing:
         parent, prefix = self._target.parent, self._aside.name.removesuffix("aside")
         self._lock = filelock.FileLock(parent / f"{prefix}lock")
         try:
-            os.scandir(parent).close()  # the lock would make it
+            # Where nothing can be written, the lock would say that another run holds it.
+            Path(self._lock.lock_file).touch()
             self._lock.acquire(timeout=0)
             self._clean_up(parent, prefix)
             self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))

@@ -100,7 +100,7 @@ def test_the_report_says_how_it_was_quantised(built, write_recipe) -> None:
     assert "nothing here was run on a GPU" in text
     for calibrator in ("max", "percentile", "mse", "entropy"):
         assert f"| {calibrator} " in text
-    assert text.count("| taken |") == 1
+    assert len(re.findall(r"\| taken +\|", text)) == 1
     assert "each layer alone in INT8" in text
 
 

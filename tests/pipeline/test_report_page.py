@@ -349,7 +349,7 @@ def test_hostile_texts_and_labels_stay_text(report: Report, open_page: Open, wid
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_mean_nothing_in_markdown(report: Report, name: str) -> None:
     raw = msgspec.json.encode(report).decode()
-    for old in ("tiny-version-4", "negative", "int8-cpu"):
+    for old in ("tiny-version-4", "int8-cpu", *(["negative"] if name.isprintable() else [])):
         raw = raw.replace(json.dumps(old), json.dumps(f"{name} {old}"))
     markdown = render_markdown(msgspec.json.decode(raw, type=Report))
     headings = [
