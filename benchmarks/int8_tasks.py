@@ -61,10 +61,8 @@ DATA = {
     "kinder": 'labels = ["first", "second"]\ntext = "one"\ntext_pair = "other"',
 }
 EPOCHS = {"tags": 5}
-"""Two, elsewhere. Seven labels a text are seven chances to flip: after two epochs so many scores
-still lie next to their thresholds that 9 of 38 layers are given back."""
+"""Two, elsewhere: seven labels a text take longer to learn."""
 MORE = {
-    "tags": '[bundle]\nthresholds = "validation"',
     "kinder": "[distill]\nlayers = 3\nepochs = 3\nlearning_rate = 2e-4\nlayer_map = [1, 3, 5]",
 }
 
