@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import edgebert_runtime
 from edgebert_pipeline.compare import AccuracyDifference, Compared, Difference, LatencyRatio
-from edgebert_pipeline.markdown import cell, render_parts, render_sections
+from edgebert_pipeline.markdown import render_document
 from edgebert_pipeline.page import render_page
 from edgebert_pipeline.parts import (
     COLOURS,
@@ -55,8 +55,7 @@ def render_compared_html(found: Compared) -> str:
 def render_compared_markdown(found: Compared) -> str:
     """Returns a comparison as Markdown, fit for a comment on a change: all but charts."""
     sections = [section for section in _sections(found) if section.id not in ("latency", "paired")]
-    parts = [f"# {cell(_title(found))}", render_parts(_lead(found)), render_sections(sections)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return render_document(_title(found), _lead(found), sections)
 
 
 def _title(found: Compared) -> str:

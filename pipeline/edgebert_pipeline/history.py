@@ -13,7 +13,7 @@ import msgspec
 import edgebert_runtime
 from edgebert_pipeline.compare import compare_sources
 from edgebert_pipeline.compare_report import about_differences, differences_table
-from edgebert_pipeline.markdown import cell, render_parts, render_sections
+from edgebert_pipeline.markdown import render_document
 from edgebert_pipeline.page import render_page
 from edgebert_pipeline.parts import (
     COLOURS,
@@ -119,8 +119,7 @@ def render_history_html(history: History) -> str:
 def render_history_markdown(history: History) -> str:
     """Returns a history as Markdown: all but charts."""
     sections = [section for section in _sections(history) if section.id != "charts"]
-    parts = [f"# {cell(_title(history))}", render_parts(_lead(history)), render_sections(sections)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return render_document(_title(history), _lead(history), sections)
 
 
 def _title(history: History) -> str:

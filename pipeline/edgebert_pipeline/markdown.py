@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from edgebert_pipeline.parts import Cell, Facts, Grid, Heading, Notice, Part, Section, Table
 
-__all__ = ["cell", "render_parts", "render_sections", "table"]
+__all__ = ["cell", "render_document", "render_parts", "render_sections", "table"]
 
 
 _MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
@@ -52,6 +52,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def render_document(title: str, lead: Sequence[Part], sections: Sequence[Section]) -> str:
+    """Returns a whole document as Markdown: the counterpart of ``page.render_page``."""
+    parts = [f"# {cell(title)}", render_parts(lead), render_sections(sections)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def render_sections(sections: Sequence[Section]) -> str:

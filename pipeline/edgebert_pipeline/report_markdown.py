@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgebert_pipeline.markdown import cell, render_parts, render_sections
+from edgebert_pipeline.markdown import render_document, render_parts
 from edgebert_pipeline.report import Report
 from edgebert_pipeline.report_sections import report_lead, report_sections
 from edgebert_pipeline.scores import Evaluation
@@ -18,5 +18,4 @@ def render_table(evaluation: Evaluation) -> str:
 
 def render_markdown(report: Report) -> str:
     """Returns the report as Markdown: all but charts and the texts of flipped rows."""
-    lead = render_parts(report_lead(report))
-    return f"# {cell(report.name)}\n\n{lead}\n\n{render_sections(report_sections(report))}\n"
+    return render_document(report.name, report_lead(report), report_sections(report))

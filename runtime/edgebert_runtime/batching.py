@@ -159,14 +159,15 @@ class Gatherer:
             if batch is None:
                 return
             fault: BaseException | None = None
-            found: list[NDArray[np.float32] | None] = [None] * len(batch)
+            answers: list[tuple[_Waiting, NDArray[np.float32] | None]]
             try:
-                found = list(self._run([waiting.row for waiting in batch]))
+                found = self._run([waiting.row for waiting in batch])
+                answers = list(zip(batch, found, strict=True))
             except BaseException as exc:
-                fault = exc
+                fault, answers = exc, [(waiting, None) for waiting in batch]
             with self._changed:
                 self._inside -= len(batch)
-                for waiting, logits in zip(batch, found, strict=True):
+                for waiting, logits in answers:
                     waiting.call.fault = waiting.call.fault or fault
                     waiting.call.answer(waiting.place, logits)
 

@@ -225,6 +225,14 @@ def test_a_fault_reaches_every_caller_of_its_batch_and_no_other() -> None:
     gatherer.close()
 
 
+def test_a_model_that_gives_too_few_rows_leaves_nobody_waiting() -> None:
+    gatherer = _gatherer(lambda rows: np.zeros((len(rows) - 1, 2), dtype=np.float32), workers=1)
+    for _ in range(2):  # its only worker lives on
+        with pytest.raises(ValueError, match="shorter"):
+            gatherer.logits([_row(3)])
+    gatherer.close()
+
+
 def test_who_comes_after_a_crowd_waits_for_it_once() -> None:
     def run(rows: list[Encoded]) -> Any:
         return np.zeros((len(rows), 2), dtype=np.float32)
