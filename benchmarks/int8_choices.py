@@ -1,26 +1,32 @@
-"""Smoothing's strength, chosen and not chosen, and the kernels that TensorRT makes of it.
+"""Smoothing's strength and the weights' rounding, and the kernels that TensorRT makes of it.
 
 Usage: python benchmarks/int8_choices.py RECIPE BUILD [MODEL]   (after edgebert export)
 
 Divergence from FP32 on up to 400 validation rows, for each calibrator and strength, all linear
-layers in INT8. Then, where tensorrt-rtx is installed, the kernels that it builds without a GPU.
+layers in INT8; the same at the strength that is used, for both ways to round weights, and with
+weights alone in INT8. Then, where tensorrt-rtx is installed, the kernels that it builds without a
+GPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from finished_build import FinishedModel
+from numpy.typing import NDArray
 
 from edgebert_export.calibrate import CALIBRATORS, TensorStatistics, calibrate, threshold
 from edgebert_export.fidelity import Judge
 from edgebert_export.graph import Product, find_products, open_graph, to_bytes, write_graph
 from edgebert_export.precision import scale_queries, to_half
 from edgebert_export.qdq import activation_scale, insert_qdq
+from edgebert_export.rounding import round_layers
 from edgebert_export.smooth import STRENGTH, smooth
 from edgebert_pipeline.markdown import table
 from edgebert_runtime.encoder import Encoded, TextEncoder
@@ -42,13 +48,24 @@ def watch(
     return calibrate(graph, operands, rows, encoder)
 
 
-def quantised(graph: ir.Model, seen: dict[str, TensorStatistics], calibrator: str) -> ir.Model:
-    """All linear layers in INT8, FP16 elsewhere."""
+def quantised(
+    graph: ir.Model,
+    seen: dict[str, TensorStatistics],
+    calibrator: str,
+    steps: dict[str, NDArray[np.int8]] | None = None,
+) -> ir.Model:
+    """All linear layers in INT8, FP16 elsewhere; weights rounded to ``steps`` if given."""
     scales = {
         name: activation_scale(threshold(found.histogram, calibrator, PERCENTILE))  # type: ignore[arg-type]
         for name, found in seen.items()
     }
-    return to_half(insert_qdq(graph, linear_layers(graph), scales))
+    return to_half(insert_qdq(graph, linear_layers(graph), scales, steps))
+
+
+def weights_alone(graph: ir.Model, steps: dict[str, NDArray[np.int8]]) -> ir.Model:
+    """The weights of all linear layers in INT8, FP16 elsewhere."""
+    layers = [dataclasses.replace(layer, operands=()) for layer in linear_layers(graph)]
+    return to_half(insert_qdq(graph, layers, {}, steps))
 
 
 def kernels(graph: ir.Model, work: Path) -> str:
@@ -109,6 +126,16 @@ def main(recipe_path: Path, build: Path, which: str | None) -> None:
             print(" | ".join(lines[-1]), file=sys.stderr, flush=True)
         print(f"{model.name}: divergence (flips) on {judge.rows} validation rows\n")
         print(table(("strength", *CALIBRATORS), lines))
+        form, seen = forms[f"{STRENGTH}"]
+        lines = []
+        for name, steps in {
+            "nearest": {},
+            "gptq": round_layers(form, linear_layers(form), rows, encoder),
+        }.items():
+            models = [quantised(form, seen, c, steps) for c in CALIBRATORS]
+            found = [judge.judge(to_bytes(m)) for m in (*models, weights_alone(form, steps))]
+            lines.append((name, *(f"{f.distance:.2g} ({f.flips})" for f in found)))
+        print("\n" + table((f"rounding, at {STRENGTH}", *CALIBRATORS, "weights alone"), lines))
         print(f"\nFP16: {kernels(to_half(graph), work)}")
         print(f"INT8: {kernels(quantised(*forms['none'], 'max'), work)}")
         print(f"INT8, smoothed: {kernels(quantised(*forms[f'{STRENGTH}'], 'max'), work)}")

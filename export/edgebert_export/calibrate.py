@@ -28,6 +28,7 @@ __all__ = [
     "calibrate",
     "describe_texts",
     "largest_magnitude",
+    "second_moments",
     "threshold",
     "token_batches",
 ]
@@ -164,6 +165,51 @@ def calibrate(
     Raises:
         DataError: An activation is not finite.
     """
+    found = {operand.value: TensorStatistics() for operand in operands}
+    for name, values, channels in _watch(model, operands, rows, encoder):
+        found[name].add(values, channels=channels)
+    return found
+
+
+def second_moments(
+    model: ir.Model,
+    operands: Sequence[Operand],
+    rows: Sequence[Encoded],
+    encoder: TextEncoder,
+) -> dict[str, NDArray[np.float32]]:
+    """Runs ``rows`` through an FP32 graph and sums up how channels move together.
+
+    Args:
+        model: The graph.
+        operands: Which activations; their last axis is of channels.
+        rows: Tokenised texts of any lengths; at least one.
+        encoder: Pads them.
+
+    Returns:
+        By the activation's name, the sum over all tokens of the products of each two channels,
+        ``float32[channels, channels]``.
+
+    Raises:
+        DataError: An activation is not finite.
+    """
+    found: dict[str, NDArray[np.float32]] = {}
+    for name, values, _ in _watch(model, operands, rows, encoder):
+        flat = values.reshape(-1, values.shape[-1])
+        found[name] = found[name] + flat.T @ flat if name in found else flat.T @ flat
+    return found
+
+
+def _watch(
+    model: ir.Model,
+    operands: Sequence[Operand],
+    rows: Sequence[Encoded],
+    encoder: TextEncoder,
+) -> Iterator[tuple[str, NDArray[np.float32], bool]]:
+    """Runs ``rows`` and yields activations, batch by batch, padding left out.
+
+    Yields:
+        Its name, ``float32[tokens, ...]``, and whether the last axis is of channels.
+    """
     wanted = {operand.value: operand for operand in operands}
     watched = copy_of(model)
     produced = {value.name: value for node in watched.graph for value in node.outputs}
@@ -175,7 +221,6 @@ def calibrate(
             watched.graph.outputs.append(value)
     session = open_session(watched)
     del watched, produced
-    found = {name: TensorStatistics() for name in wanted}
     for batch in token_batches(rows):
         inputs = encoder.collate([rows[index] for index in batch])
         lengths = np.array([len(rows[index].ids) for index in batch])
@@ -189,10 +234,9 @@ def calibrate(
             elif values.ndim > 2:
                 values = np.moveaxis(values, operand.token_axis, 1)
                 values = values[real[:, : values.shape[1]]]  # of the last layer, the first token
-            found[name].add(values, channels=results[name].ndim < 4)
+            yield name, values, results[name].ndim < 4
     session.close()
     release_memory()
-    return found
 
 
 def largest_magnitude(

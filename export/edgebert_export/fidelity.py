@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Budget", "Fidelity", "Judge"]
 
+_CONFIDENCE = 0.95
 _Share = Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -66,6 +67,24 @@ class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
             and self.flips / self.rows <= budget.max_flip_rate
             and (budget.max_divergence is None or self.divergence <= budget.max_divergence)
         )
+
+    def surely_fits(self, budget: Budget) -> bool:
+        """Whether rows that nobody has looked at can be expected to keep to the budget's flips.
+
+        Validation rows are a sample: at a model's true flip rate of 3 %, half of all samples show
+        less. So this asks for so few flips that a model right at the limit would show as few in
+        one of 20 samples at most (binomial distribution); no flips at all will do, of however few
+        rows. Accuracy is not asked for as much: half a point cannot be shown by a thousand rows.
+        """
+        from scipy.stats import binom  # here: a recipe reads Budget, not SciPy
+
+        limit = budget.max_flip_rate
+        sure = (
+            not self.flips
+            or limit == 1
+            or binom.cdf(self.flips, self.rows, limit) <= 1 - _CONFIDENCE
+        )
+        return self.fits(budget) and bool(sure)
 
     @property
     def distance(self) -> float:

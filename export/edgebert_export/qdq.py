@@ -69,7 +69,10 @@ def quantise_weight(
 
 
 def insert_qdq(
-    model: ir.Model, products: Collection[Product], scales: Mapping[str, float]
+    model: ir.Model,
+    products: Collection[Product],
+    scales: Mapping[str, float],
+    steps: Mapping[str, NDArray[np.int8]] | None = None,
 ) -> ir.Model:
     """Returns a copy of a graph in which ``products`` are quantised, the others as they were.
 
@@ -77,6 +80,8 @@ def insert_qdq(
         model: An FP32 graph.
         products: Which of its products to quantise; none of them gives the graph as it was.
         scales: For each activation that they read, its scale.
+        steps: By name, weights that are rounded already, to steps of the scales that
+            ``quantise_weight`` gives them; others are rounded to the nearest step.
     """
     quantised = copy_of(model)
     nodes = {node.name: node for node in quantised.graph}
@@ -91,7 +96,8 @@ def insert_qdq(
                 )
         if product.weight is not None and product.weight not in weights:
             axis = 0 if product.kind == "embedding" else 1  # a table's rows, a layer's outputs
-            weights[product.weight] = _stored_weight(quantised, node, product.weight, axis)
+            rounded = (steps or {}).get(product.weight)
+            weights[product.weight] = _stored_weight(quantised, node, product.weight, axis, rounded)
         replacements = pairs | weights
         for index, value in enumerate(node.inputs):
             if value is not None and value.name in replacements:
@@ -117,10 +123,16 @@ def _activation_pair(model: ir.Model, reader: ir.Node, name: str, scale: float) 
     return dequantise.outputs[0]
 
 
-def _stored_weight(model: ir.Model, reader: ir.Node, name: str, channel_axis: int) -> ir.Value:
+def _stored_weight(
+    model: ir.Model,
+    reader: ir.Node,
+    name: str,
+    channel_axis: int,
+    rounded: NDArray[np.int8] | None,
+) -> ir.Value:
     """Adds a weight in INT8 and its dequantisation, and returns what to read in its place."""
-    steps, scales = quantise_weight(constant(model, name), channel_axis)
-    stored = add_constant(model, f"{name}_int8", steps)
+    nearest, scales = quantise_weight(constant(model, name), channel_axis)
+    stored = add_constant(model, f"{name}_int8", nearest if rounded is None else rounded)
     scale = add_constant(model, f"{name}_scale", scales)
     dequantise = _node(
         "DequantizeLinear", [stored, scale], f"{name}_dequantised", axis=channel_axis

@@ -16,9 +16,10 @@ from edgebert_export.fidelity import Budget
 if TYPE_CHECKING:  # reading a recipe loads no ONNX
     from edgebert_export.graph import Product
 
-__all__ = ["Calibrator", "ProductKind", "QuantiseConfig", "included"]
+__all__ = ["Calibrator", "ProductKind", "QuantiseConfig", "Rounding", "included"]
 
 Calibrator: TypeAlias = Literal["max", "percentile", "mse", "entropy"]
+Rounding: TypeAlias = Literal["nearest", "gptq"]
 ProductKind: TypeAlias = Literal["linear", "attention", "embedding"]
 
 
@@ -82,6 +83,14 @@ class QuantiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "(SmoothQuant), which is exact. `auto` tries both."
         ),
     ] = "auto"
+    rounding: Annotated[
+        Rounding,
+        Meta(
+            description="`int8-gpu`: how the weights of linear layers become whole steps. `gptq`: "
+            "so that the layer's results on the calibration texts change least; `nearest`: each "
+            "weight by itself."
+        ),
+    ] = "gptq"
     calibration_texts: Annotated[
         int, Meta(ge=1, description="`int8-gpu`: most texts to calibrate on.")
     ] = 256

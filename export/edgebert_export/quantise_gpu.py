@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edgebert_export.calibrate import (
     CALIBRATORS,
@@ -36,7 +37,8 @@ from edgebert_export.graph import (
 )
 from edgebert_export.precision import scale_queries, to_half, with_input_type
 from edgebert_export.qdq import LEVELS, activation_scale, insert_qdq
-from edgebert_export.quantise import Calibrator, QuantiseConfig, included
+from edgebert_export.quantise import Calibrator, QuantiseConfig, Rounding, included
+from edgebert_export.rounding import round_layers
 from edgebert_export.smooth import smooth
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_runtime.encoder import Encoded, Text, TextEncoder
@@ -76,9 +78,11 @@ class GpuLog(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         texts: What the model was calibrated on.
         fp16: What FP16 is worth; ``None`` if the weights do not fit into it.
-        trials: Ways to choose the scales, in the order they were tried.
+        trials: Ways to choose the scales, in the order they were tried; weights were rounded to
+            the nearest step.
         chosen: Index of the trial with the smallest divergence, which was taken; ``None``
             without trials.
+        rounding: How the weights of linear layers were rounded.
         fit: How INT8 came within its budget; ``None`` without trials.
         linear_layers: Linear layers of the model.
         linear_int8: Of them, how many are in INT8.
@@ -90,6 +94,7 @@ class GpuLog(msgspec.Struct, frozen=True, kw_only=True):
     fp16: Fidelity | None
     trials: tuple[Trial, ...] = ()
     chosen: int | None = None
+    rounding: Rounding = "nearest"
     fit: Fit | None = None
     linear_layers: int
     linear_int8: int = 0
@@ -152,7 +157,7 @@ def quantise_gpu(
 
     FP16's range is checked on the calibration texts. Every way to choose scales that ``config``
     allows is tried on validation rows; the one with the smallest divergence from FP32 is taken,
-    and layers go back to FP16 until the budget fits.
+    the weights are rounded, and layers go back to FP16 until the budget fits.
 
     Args:
         model: In FP32.
@@ -202,11 +207,12 @@ def quantise_gpu(
         (calibrator, smoothed): calibrated[smoothed].scales(calibrator, config)
         for calibrator, smoothed in candidates
     }
+    steps: dict[str, NDArray[np.int8]] = {}
 
     def build(candidate: tuple[Calibrator, bool], names: Collection[str]) -> ir.Model:
         form = calibrated[candidate[1]]
         chosen = [product for name, product in form.layers.items() if name in names]
-        return typed(insert_qdq(form.graph, chosen, scales[candidate]))
+        return typed(insert_qdq(form.graph, chosen, scales[candidate], steps))
 
     part, trials = judge.part(_TRIAL_ROWS), []
     for done, candidate in enumerate(candidates, start=1):
@@ -219,6 +225,9 @@ def quantise_gpu(
         f"int8-gpu: of {len(candidates)} ways to choose scales, {winner[0]}"
         f"{' after smoothing' if winner[1] else ''} comes closest to FP32"
     )
+    if config.rounding == "gptq":
+        form = calibrated[winner[1]]
+        steps |= round_layers(form.graph, list(form.layers.values()), rows, encoder)
     result = fit(
         layers,
         lambda names: build(winner, names),
@@ -239,6 +248,7 @@ def quantise_gpu(
         fp16=fidelity,
         trials=tuple(trials),
         chosen=best,
+        rounding=config.rounding,
         fit=result,
         linear_layers=linear_layers,
         linear_int8=sum(product.kind == "linear" for product in taken),

@@ -36,6 +36,7 @@ _QUANTISING = (
     "edgebert_export.quantise",
     "edgebert_export.quantise_cpu",
     "edgebert_export.quantise_gpu",
+    "edgebert_export.rounding",
     "edgebert_export.smooth",
     "edgebert_export.thresholds",
     "edgebert_runtime.classifier",

@@ -179,6 +179,53 @@ def test_every_limit_of_the_budget_is_looked_at() -> None:
     assert len(found.given_back) == 2
 
 
+def _many(**damage: int) -> dict[str, int]:
+    """Thirty layers, of which those named do damage."""
+    return {f"layer{index}": damage.get(f"layer{index}", 0) for index in range(30)}
+
+
+def test_a_tenth_of_the_layers_is_given_back_to_be_sure_of_a_budget_that_barely_fits() -> None:
+    judge = _Judge(_many(layer3=9, layer7=8, layer9=6, layer11=70))
+    found = _fit(judge, judge.damage)
+    # Of 1,000 rows, 93 flip at first: ten of a hundred are allowed, 84 are surely few enough.
+    assert [step.layer for step in found.given_back] == ["layer11"]
+    assert found.last.flips == 23
+    assert found.fits
+
+
+def test_no_more_than_a_tenth_of_the_layers_is_given_back_to_be_sure() -> None:
+    judge = _Judge(_many(**{f"layer{index}": 4 for index in range(24)}))
+    found = _fit(judge, judge.damage)
+    assert found.fits
+    assert (found.first.flips, found.last.flips) == (96, 84)
+    assert len(found.given_back) == 3
+    few = _Judge(dict.fromkeys(LAYERS, 19))  # of five layers, a tenth is none
+    assert _fit(few).given_back == ()
+    assert few.seen == [(1_000, frozenset(LAYERS))]
+
+
+def test_layers_that_had_to_go_count_towards_that_tenth() -> None:
+    judge = _Judge(_many(**{f"layer{index}": 5 for index in range(24)}))
+    found = _fit(judge, judge.damage)
+    assert found.first.flips == 120
+    assert (len(found.given_back), found.last.flips) == (4, 100)  # the first that fits
+
+
+def test_a_model_that_fits_is_kept_if_trying_to_be_surer_fails() -> None:
+    """Errors of two layers can cancel out, so that giving one back flips more rows."""
+    judge = _Judge(_many(layer3=5, layer7=-30, layer9=5, layer11=85))
+    judge.divergence |= dict.fromkeys(judge.damage, 0.0)
+    judge.divergence |= {"layer7": 0.9, "layer3": 0.2, "layer9": 0.1}
+    found = _fit(judge, judge.damage, budget=Budget(max_accuracy_drop=1, max_flip_rate=0.07))
+    assert judge.judged()[1:] == [
+        frozenset(judge.damage) - set(given_back)
+        for given_back in (["layer7"], ["layer7", "layer3"], ["layer7", "layer3", "layer9"])
+    ]
+    assert found.fits
+    assert (found.given_back, found.last.flips) == ((), 65)
+    assert found.quantised == tuple(judge.damage)
+
+
 def test_what_was_found_and_decided_is_said() -> None:
     said: list[str] = []
     judge = _Judge(

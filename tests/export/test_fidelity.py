@@ -319,6 +319,37 @@ def test_all_limits_of_a_budget_hold_at_once() -> None:
     assert _fidelity(lost=-30, flips=5, divergence=0.1).fits(budget)
 
 
+@pytest.mark.parametrize("limit", [0.01, 0.03, 0.2])
+@pytest.mark.parametrize("rows", [50, 561, 908])
+def test_a_model_at_the_limit_surely_fits_in_one_of_twenty_samples_at_most(
+    rows: int, limit: float
+) -> None:
+    budget = Budget(max_flip_rate=limit)
+    sure = [
+        flips for flips in range(1, rows) if _fidelity(rows=rows, flips=flips).surely_fits(budget)
+    ]
+    sure = [0, *sure] if sure else []
+    assert sure == list(range(len(sure)))  # the fewer flips, the surer
+    samples = np.random.default_rng(4).binomial(rows, limit, size=40_000)
+    assert np.isin(samples, sure).mean() <= 0.053
+    one_more = [*sure, len(sure)]
+    assert np.isin(samples, one_more).mean() > 0.047
+    assert len(sure) <= rows * limit
+
+
+def test_no_flips_are_as_sure_as_few_rows_can_be() -> None:
+    for rows in (1, 20, 100):
+        assert _fidelity(rows=rows, flips=0).surely_fits(Budget(max_flip_rate=0.03))
+        assert not _fidelity(rows=rows, flips=1).surely_fits(Budget(max_flip_rate=0.03))
+
+
+def test_what_misses_the_budget_surely_does_not_fit() -> None:
+    assert not _fidelity(flips=0, lost=1).surely_fits(Budget())
+    assert not _fidelity(flips=0, divergence=None).surely_fits(Budget())
+    assert _fidelity(flips=100).surely_fits(Budget(max_flip_rate=1))
+    assert not _fidelity(flips=1).surely_fits(Budget(max_flip_rate=0))
+
+
 def test_without_a_limit_any_divergence_fits_that_is_a_number() -> None:
     assert _fidelity(divergence=1e9).fits(Budget())
     assert not _fidelity(divergence=None).fits(Budget())

@@ -462,6 +462,7 @@ def test_excluding_every_layer_is_refused(
         {"include": ["softmax"]},
         {"calibration_texts": 0},
         {"smoothing": True},
+        {"rounding": "down"},
         {"input_type": "int16"},
         {"budget": {"max_flip_rate": 2}},
         {"scale": 1},
@@ -562,7 +563,9 @@ def test_every_way_to_choose_scales_that_is_allowed_is_tried_and_the_closest_tak
     expected: list[tuple[str, bool]],
 ) -> None:
     said: list[str] = []
-    config = QuantiseConfig(budget=ANYTHING, calibrator=calibrator, smoothing=smoothing)
+    config = QuantiseConfig(
+        budget=ANYTHING, calibrator=calibrator, smoothing=smoothing, rounding="nearest"
+    )
     log = cases["bert"].gpu(config, tmp_path, said)
     assert [(trial.calibrator, trial.smoothed) for trial in log.trials] == expected
     distances = [trial.fidelity.distance for trial in log.trials]
@@ -586,6 +589,31 @@ def test_a_way_that_is_tried_among_others_is_worth_what_it_is_worth_alone(
         for smoothing in ("never", "always")
     ]
     assert both == (*alone[0], *alone[1])
+
+
+def test_weights_are_rounded_together_unless_told_otherwise(
+    cases: dict[str, _Case], tmp_path: Path
+) -> None:
+    """Steps differ; scales, nodes and all else are the same."""
+    files, logs = {}, {}
+    for rounding, config in {
+        "gptq": PLAIN,
+        "nearest": msgspec.structs.replace(PLAIN, rounding="nearest"),
+    }.items():
+        logs[rounding] = cases["bert"].gpu(config, tmp_path)
+        assert logs[rounding].rounding == rounding
+        files[rounding] = onnx.load(tmp_path / "int8.onnx").graph
+    assert logs["gptq"].scales == logs["nearest"].scales
+    assert logs["gptq"].trials == logs["nearest"].trials  # they choose scales, by nearest steps
+    assert files["gptq"].node == files["nearest"].node
+    changed = 0
+    for mine, other in zip(files["gptq"].initializer, files["nearest"].initializer, strict=True):
+        first, second = numpy_helper.to_array(mine), numpy_helper.to_array(other)
+        if mine.data_type == TensorProto.INT8 and first.ndim == 2:
+            changed += not np.array_equal(first, second)
+        else:
+            np.testing.assert_array_equal(first, second)
+    assert changed == 14
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert"])

@@ -128,8 +128,9 @@ def _gpu_in_words(log: GpuLog) -> str:
         else:
             sentences.append(f"**There is no int8-gpu**: {log.refusal}; `fp16-gpu` is shipped.")
         smoothed = ", with outliers moved into the weights" if trial.smoothed else ""
+        rounded = "; weights rounded by GPTQ" if log.rounding == "gptq" else ""
         if log.fit.fits:
-            sentences.append(f"Scales by `{trial.calibrator}`{smoothed}.")
+            sentences.append(f"Scales by `{trial.calibrator}`{smoothed}{rounded}.")
     sentences.append(
         f"Calibrated on {texts.texts} texts of {texts.shortest_tokens} to {texts.longest_tokens} "
         f"tokens (median {texts.median_tokens:g}, of the validation texts "
