@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["SLOWER_FUSED", "OnnxSession"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_INT64 = np.dtype(np.int64)
 SLOWER_FUSED = {"cpu": ["SkipLayerNormFusion"], "cuda": []}
 """Fusions that cost time: on a CPU, the sum and the LayerNorm that this fuses are vectorised, the
 fused kernel is not (docs/performance.md)."""
@@ -108,14 +109,11 @@ class OnnxSession:
         if session is None:
             raise DeviceError("the session is closed")
         check_inputs(inputs, self._ranks)
+        given: Mapping[str, NDArray[Any]] = inputs
+        if self._narrow:
+            given = {**inputs, **{name: inputs[name].astype(np.int32) for name in self._narrow}}
         try:
-            outputs = session.run(
-                self._outputs,
-                {
-                    name: array.astype(np.int32) if name in self._narrow else array
-                    for name, array in inputs.items()
-                },
-            )
+            outputs = session.run(self._outputs, given)
         except Exception as exc:
             raise DeviceError(f"ONNX Runtime failed on a batch: {exc}") from exc
         return dict(zip(self._outputs, outputs, strict=True))
@@ -133,11 +131,12 @@ def check_inputs(inputs: Inputs, ranks: dict[str, int]) -> None:
     """
     if inputs.keys() != ranks.keys():
         raise InputError(f"the model takes {sorted(ranks)}, it was given {sorted(inputs)}")
-    shapes = {array.shape for array in inputs.values()}
-    if len(shapes) != 1:
-        raise InputError(f"inputs differ in shape: {sorted(shapes)}")
+    shape = None
     for name, array in inputs.items():
-        if array.dtype != np.int64 or array.ndim != ranks[name] or 0 in array.shape:
+        if array.dtype != _INT64 or array.ndim != ranks[name] or 0 in array.shape:
             raise InputError(
                 f"{name} must be int64[batch, seq] and not empty, got {array.dtype}{array.shape}"
             )
+        if array.shape != (shape or array.shape):
+            raise InputError(f"inputs differ in shape: {shape} and {array.shape}")
+        shape = array.shape
