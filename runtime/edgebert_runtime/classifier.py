@@ -231,7 +231,9 @@ class Classifier:
         tuning = tuning_for(bundle.manifest, cores)
         usual = tuning.variant if tuning is not None else None
         likely = _likely_model(bundle.manifest, device, variant or usual)
-        model = None if likely is None else _Background(functools.partial(bundle.read, likely))
+        model = (
+            None if likely is None else _Background(functools.partial(bundle.read_model, likely))
+        )
         facts = gather_facts(device)
         choice = choose_for(
             bundle, facts, device, variant, tuning=tuning, build_engine=build_engine
@@ -245,13 +247,17 @@ class Classifier:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
                 return _start_engine(bundle, chosen, facts, on_progress)
             path = chosen.variant.model
-            data = model.result() if model and path == likely else bundle.read(path)
-            session = OnnxSession(data, device=chosen.device, intra_op_threads=cores)
+            file = model.result() if model and path == likely else bundle.read_model(path)
+            session = OnnxSession(file, device=chosen.device, intra_op_threads=cores)
+            bundle.check_unchanged(path)
             _check_belongs(session, bundle)
             return session
 
         def start_worker_session() -> Session:
-            return OnnxSession(bundle.read(choice.variant.model), intra_op_threads=1)
+            path = choice.variant.model
+            session = OnnxSession(bundle.read_model(path), intra_op_threads=1)
+            bundle.check_unchanged(path)
+            return session
 
         def choose_again(failed: Mapping[str, str]) -> Choice:
             return choose_for(
