@@ -1,6 +1,7 @@
 """Many threads with one text each, and a stream without an end: what they cost over one batch.
 
-Usage: python benchmarks/streams.py BUILD [--lines 1000000] [--threads 32] [--max-wait-ms 5]
+Usage: python benchmarks/streams.py BUILD [--lines 1000000] [--most-words 40] [--threads 32]
+           [--max-wait-ms 5]   (0 lines, or 0 threads, leaves that part out)
 
 Threads: each calls ``predict`` on one text at a time; the throughput of all of them beside that of
 one caller who brings as many texts a call as there are threads, and beside one call with all texts,
@@ -95,9 +96,9 @@ def threads_beside_batches(bundle: Path, threads: int, max_wait_ms: float) -> No
     )
 
 
-def stream_beside_list(bundle: Path, lines: int) -> None:
+def stream_beside_list(bundle: Path, lines: int, most_words: int) -> None:
     """Prints how near a stream comes to a list, and how much memory a long one takes."""
-    texts = sentences(4 * TEXTS)
+    texts = sentences(4 * TEXTS, most_words)
     with Classifier.load(bundle, device="cpu") as classifier:
         if list(classifier.stream(iter(texts))) != classifier.predict(texts):
             print("stream and predict differ: batches of other texts, or a fault")
@@ -131,12 +132,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("build", type=Path)
     parser.add_argument("--lines", type=int, default=1_000_000)
+    parser.add_argument("--most-words", type=int, default=40, help="of a line of the stream")
     parser.add_argument("--threads", type=int, default=32)
     parser.add_argument("--max-wait-ms", type=float, default=5.0)
     options = parser.parse_args()
     bundle = options.build / "bundle"
-    threads_beside_batches(bundle, options.threads, options.max_wait_ms)
-    stream_beside_list(bundle, options.lines)
+    if options.threads:
+        threads_beside_batches(bundle, options.threads, options.max_wait_ms)
+    if options.lines:
+        stream_beside_list(bundle, options.lines, options.most_words)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from edgebert_runtime.errors import BundleError
-from edgebert_runtime.manifest import FileEntry, Manifest, decode_manifest
+from edgebert_runtime.manifest import Manifest, decode_manifest
 
 if TYPE_CHECKING:
     import io
@@ -200,7 +200,9 @@ class Bundle:
         Raises:
             BundleError: The file is not listed, cannot be read, or has other bytes.
         """
-        entry = self._entry(path)
+        entry = self._entries.get(path)
+        if entry is None:
+            raise BundleError(f"{self.path}: {path} is not listed in the manifest")
         try:
             with self._storage.open(path) as stream:
                 data = stream.read(entry.size_bytes)
@@ -220,9 +222,8 @@ class Bundle:
         if self._storage.root is None:
             return self.read(path)
         place = self._storage.root / path
-        entry = self._entry(path)
         self._hashed[path] = self._stamp_of(place)
-        self._verify(entry, memoryview(bytearray(_CHUNK_BYTES)))
+        self.read(path)  # at one go: in parts, each would wait for the interpreter's lock
         return place
 
     def check_unchanged(self, path: str) -> None:
@@ -249,25 +250,16 @@ class Bundle:
         """
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         for entry in self.manifest.files:
-            self._verify(entry, buffer)
-
-    def _verify(self, entry: FileEntry, buffer: memoryview) -> None:
-        digest = hashlib.sha256()
-        left = entry.size_bytes
-        try:
-            with self._storage.open(entry.path) as stream:
-                while left and (count := stream.readinto(buffer[: min(len(buffer), left)])):
-                    digest.update(buffer[:count])
-                    left -= count
-        except OSError as exc:
-            raise BundleError(f"{self.path}: {entry.path} cannot be read: {exc}") from exc
-        self._check_hash(entry.path, digest.hexdigest())
-
-    def _entry(self, path: str) -> FileEntry:
-        try:
-            return self._entries[path]
-        except KeyError:
-            raise BundleError(f"{self.path}: {path} is not listed in the manifest") from None
+            digest = hashlib.sha256()
+            left = entry.size_bytes
+            try:
+                with self._storage.open(entry.path) as stream:
+                    while left and (count := stream.readinto(buffer[: min(_CHUNK_BYTES, left)])):
+                        digest.update(buffer[:count])
+                        left -= count
+            except OSError as exc:
+                raise BundleError(f"{self.path}: {entry.path} cannot be read: {exc}") from exc
+            self._check_hash(entry.path, digest.hexdigest())
 
     def _check_hash(self, path: str, found: str) -> None:
         expected = self._entries[path].sha256
