@@ -29,10 +29,10 @@ ROUNDS, TEXTS, SINGLE = 11, 512, 60
 WORDS = "a film that is no great work of art but has more wit and heart than most of its kind"
 
 
-def sentences(count: int) -> list[str]:
+def sentences(count: int, most_words: int = 40) -> list[str]:
     """Makes texts of 2 to 40 words; speed does not depend on what they say."""
     random, words = np.random.default_rng(0), WORDS.split()
-    lengths = random.integers(2, 41, count)
+    lengths = random.integers(2, most_words + 1, count)
     return [" ".join(random.choice(words, length)) for length in lengths]
 
 

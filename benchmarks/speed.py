@@ -72,23 +72,21 @@ QUICK = Effort(rounds=3, cold=1, short=48, long=12, single=20, test=100)
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant, and what is known of it before it runs."""
+    """A contestant, and what is known of it before it runs.
+
+    ``size_mb`` is what a device would need of it, the libraries aside.
+    """
 
     model: str
     system: str
     precision: str
     process: Contestant
-    files: tuple[Path, ...]
+    size_mb: float
 
     @property
     def key(self) -> tuple[str, str, str]:
         """What tells it from the others."""
         return self.model, self.system, self.precision
-
-    @property
-    def size_mb(self) -> float:
-        """What a device would need of it, the libraries aside."""
-        return sum(file.stat().st_size for file in self.files) / 1e6
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -153,17 +151,17 @@ def entries_of(model: FinishedModel, bundle: Path, work: Path) -> Iterator[Entry
         if not found:
             raise SystemExit(f"{bundle} has no variant {variant}")
         ours = bundle / found[0]
-        files = (ours, tokenizer, bundle / "manifest.json")
+        size_mb = size_of(ours, tokenizer, bundle / "manifest.json")
         runtime = Contestant("edgebert", bundle=str(bundle), variant=variant)
-        yield Entry(model.name, EDGEBERT, precision, runtime, files)
+        yield Entry(model.name, EDGEBERT, precision, runtime, size_mb)
         bare = Contestant("bare", model=str(ours), tokenizer=str(tokenizer), **parts)
-        yield Entry(model.name, BARE_OURS, precision, bare, files[:2])
+        yield Entry(model.name, BARE_OURS, precision, bare, size_of(ours, tokenizer))
 
     checkpoint = model.checkpoint.path
-    files = tuple(file for file in checkpoint.iterdir() if file.is_file())
+    size_mb = size_of(*checkpoint.iterdir())
     for kind, name, precision in (("transformers", PIPELINE, FP32), ("torch_int8", TORCH, INT8)):
         process = Contestant(kind, checkpoint=str(checkpoint), **cut)
-        yield Entry(model.name, name, precision, process, files)
+        yield Entry(model.name, name, precision, process, size_mb)
 
     work.mkdir()
     plain = model.export(work)
@@ -171,7 +169,7 @@ def entries_of(model: FinishedModel, bundle: Path, work: Path) -> Iterator[Entry
     quantize_dynamic(plain, quantised, per_channel=True)
     for precision, path in ((FP32, plain), (INT8, quantised)):
         bare = Contestant("bare", model=str(path), tokenizer=str(tokenizer), **parts)
-        yield Entry(model.name, BARE, precision, bare, (path, tokenizer))
+        yield Entry(model.name, BARE, precision, bare, size_of(path, tokenizer))
 
     fp32 = work / "optimum-fp32"
     shutil.copytree(checkpoint, fp32, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -184,7 +182,12 @@ def entries_of(model: FinishedModel, bundle: Path, work: Path) -> Iterator[Entry
     (int8 / "model_quantized.onnx").rename(int8 / "model.onnx")
     for precision, path in ((FP32, fp32), (INT8, int8)):
         process = Contestant("optimum", checkpoint=str(path), **cut)
-        yield Entry(model.name, OPTIMUM, precision, process, tuple(path.iterdir()))
+        yield Entry(model.name, OPTIMUM, precision, process, size_of(*path.iterdir()))
+
+
+def size_of(*paths: Path) -> float:
+    """Adds up files, in MB."""
+    return sum(path.stat().st_size for path in paths if path.is_file()) / 1e6
 
 
 def corpora_of(texts: Sequence[str], encoder: TextEncoder, effort: Effort) -> dict[str, list[str]]:
@@ -472,7 +475,6 @@ def main() -> None:
         corpora = corpora_of(texts, model.encoder, effort)
         rates = limit_of(bundles[full], effort.rounds)
         results = measure(entries, corpora, [str(e.text) for e in examples], effort)
-        sizes = {entry.key: entry.size_mb for entry in entries}
         lengths = {
             name: [len(row.ids) for row in model.encoder.encode(chosen)]
             for name, chosen in corpora.items()
@@ -511,9 +513,9 @@ def main() -> None:
         "operations_per_s": rates,
         "operations_a_text": [[*key, *value] for key, value in needs.items()],
         "contestants": [
-            {"model": key[0], "system": key[1], "precision": key[2], "size_mb": sizes[key]}
-            | dataclasses.asdict(found)
-            for key, found in results.items()
+            {"model": e.model, "system": e.system, "precision": e.precision, "size_mb": e.size_mb}
+            | dataclasses.asdict(results[e.key])
+            for e in entries
         ],
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from edgebert_export.dataset import Example
-from edgebert_runtime.classifier import Classifier, sigmoid
+from edgebert_runtime.classifier import Classifier
 from edgebert_runtime.encoder import TextEncoder
 from edgebert_runtime.manifest import Task
 
@@ -153,8 +153,8 @@ class Judge:
     def _answer(self, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Labels that apply, ``bool[rows, labels]``."""
         if self.task.kind == "multi_label":
-            thresholds = np.asarray(self.task.thresholds, dtype=np.float32)
-            above: NDArray[np.bool_] = sigmoid(logits) >= thresholds
+            scores = np.exp(_log_probabilities(logits, self.task)[..., 1])
+            above: NDArray[np.bool_] = scores >= self.task.thresholds
             return above
         answers = np.zeros(logits.shape, dtype=bool)
         answers[np.arange(len(logits)), logits.argmax(axis=1)] = True

@@ -7,6 +7,7 @@ that come one by one from many threads are gathered into batches by ``Gatherer``
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -92,10 +93,14 @@ class _Waiting(NamedTuple):
 class Gatherer:
     """Gathers rows that threads bring one by one into batches, without losing or swapping any.
 
-    What waits is cut into batches by length, and the one with the row that has waited longest is
+    The rows that have waited longest are cut into batches by length, and the one with the oldest is
     run. That begins when as many rows wait as can be expected, by how many callers there are, and
     at the latest ``max_wait_ms`` after that row came, if a worker is free. So a lone caller waits
     for others once after a crowd, and else not at all.
+
+    With more rows to choose from there would be less padding, but then a row of a rare length
+    would be passed over by those that came after it: the slowest answers would be later for it
+    (``benchmarks/streams.py``).
 
     Args:
         run: Computes the raw outputs of a batch, ``float32[rows, labels]``; called by ``workers``
@@ -139,10 +144,11 @@ class Gatherer:
         """
         if not rows:
             return []
-        call, since = _Call(len(rows)), time.monotonic()
+        call = _Call(len(rows))
         with self._changed:
             if self._closed:
                 raise DeviceError("the classifier is closed")
+            since = time.monotonic()
             self._waiting += [_Waiting(row, call, place, since) for place, row in enumerate(rows)]
             self._inside += len(rows)
             self._crowd = max(self._crowd, self._inside)
@@ -197,7 +203,10 @@ class Gatherer:
 
     def _take(self) -> list[_Waiting]:
         """Takes the row that has waited longest, and those that it is best computed with."""
-        window = self._waiting[: 2 * self._most_rows]  # so that a crowd does not take long to cut
+        oldest = math.ceil(self._expected() / 2)
+        newest = self._waiting[min(oldest, len(self._waiting)) - 1].since
+        # All of a call came at once, and are answered at once.
+        window = [row for row in self._waiting[: 2 * self._most_rows] if row.since <= newest]
         batch = next(b for b in self._cut([waiting.row for waiting in window]) if 0 in b)
         for index in sorted(batch, reverse=True):
             del self._waiting[index]

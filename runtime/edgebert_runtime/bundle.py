@@ -2,7 +2,8 @@
 
 What is on disk must be exactly what the manifest lists: the same paths, sizes and SHA-256, no
 link, nothing more. The manifest itself is covered by ``manifest.sha256``. Files are handed out
-as bytes that have just been hashed, so what is parsed is what was checked.
+as bytes that have just been hashed, so what is parsed is what was checked. A model, which may be
+large, is handed out by its place: once it is loaded, ``check_unchanged`` says that it was.
 
 This guards against damage and mix-ups. It does not prove who made the bundle: someone who can
 write to it can also write new hashes.
@@ -36,9 +37,11 @@ _CHUNK_BYTES = 8 * 1024 * 1024
 class _Storage(Protocol):
     """Where a bundle's files lie: their sizes by path, and a stream over one of them.
 
-    ``stamps`` differs once a file was written to or replaced.
+    ``stamps`` differs once a file was written to or replaced. ``root`` is the directory that the
+    files lie in as such, if they do.
     """
 
+    root: Path | None
     sizes: dict[str, int]
     stamps: tuple[object, ...]
 
@@ -49,7 +52,7 @@ class _Directory:
     """A bundle laid out as a directory."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root: Path | None = root
         found = dict(sorted(self._walk(root, "")))
         self.sizes = {path: state.st_size for path, state in found.items()}
         self.stamps: tuple[object, ...] = tuple(
@@ -68,12 +71,12 @@ class _Directory:
                     yield path, state
                 else:
                     kind = "a link" if stat.S_ISLNK(mode) else "not a plain file"
-                    raise BundleError(f"{self._root}: {path} is {kind}; bundles hold plain files")
+                    raise BundleError(f"{self.root}: {path} is {kind}; bundles hold plain files")
 
     def open(self, path: str) -> io.FileIO:
         # O_NOFOLLOW: a file that was swapped for a link after the walk is refused, too.
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        return os.fdopen(os.open(self._root / path, flags), "rb", buffering=0)
+        return os.fdopen(os.open(f"{self.root}/{path}", flags), "rb", buffering=0)
 
 
 def _stamp(state: os.stat_result) -> tuple[int, ...]:
@@ -86,6 +89,7 @@ class _Tar:
     def __init__(self, path: Path) -> None:
         import tarfile  # brings half of the standard library, and most bundles are directories
 
+        self.root: Path | None = None
         self._path = path
         self._members: dict[str, tarfile.TarInfo] = {}
         try:
@@ -143,6 +147,7 @@ class Bundle:
         self.stamps = storage.stamps
         self._storage = storage
         self._entries = {entry.path: entry for entry in manifest.files}
+        self._hashed: dict[str, tuple[int, ...]] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -205,6 +210,37 @@ class Bundle:
             raise BundleError(f"{self.path}: {path} cannot be read: {exc}") from exc
         self._check_hash(path, hashlib.sha256(data).hexdigest())
         return data
+
+    def read_model(self, path: str) -> bytes | Path:
+        """Checks the hash of one listed file, and returns where it lies, or its bytes in a tar.
+
+        What is given the place reads the file again: call ``check_unchanged`` afterwards.
+
+        Raises:
+            BundleError: The file is not listed, cannot be read, or has other bytes.
+        """
+        if self._storage.root is None:
+            return self.read(path)
+        place = self._storage.root / path
+        self._hashed[path] = self._stamp_of(place)
+        self.read(path)  # at one go: in parts, each would wait for the interpreter's lock
+        return place
+
+    def check_unchanged(self, path: str) -> None:
+        """Checks that a file was not written to or replaced since ``read_model`` hashed it.
+
+        Raises:
+            BundleError: It was.
+        """
+        hashed = self._hashed.get(path)
+        if hashed and self._storage.root and hashed != self._stamp_of(self._storage.root / path):
+            raise BundleError(f"{self.path}: {path} was written to while it was loaded; try again")
+
+    def _stamp_of(self, place: Path) -> tuple[int, ...]:
+        try:
+            return _stamp(os.lstat(place))
+        except OSError as exc:
+            raise BundleError(f"{self.path}: {place} cannot be read: {exc}") from exc
 
     def verify(self) -> None:
         """Hashes every listed file.

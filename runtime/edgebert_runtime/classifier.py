@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import sys
 import threading
@@ -93,6 +94,25 @@ class Stats(msgspec.Struct, frozen=True):
     batches: int = 0
 
 
+class _Chunk(NamedTuple):
+    """Texts that are being computed.
+
+    Attributes:
+        rows: How many.
+        batches: Which of them share a call of the model.
+        futures: The raw outputs of each batch.
+    """
+
+    rows: int
+    batches: list[list[int]]
+    futures: list[Future[NDArray[np.float32]]]
+
+    def cancel(self) -> None:
+        """Has what has not begun never begin."""
+        for future in self.futures:
+            future.cancel()
+
+
 class Classifier:
     """A text classifier on a device. Safe to use from several threads, and a context manager.
 
@@ -150,9 +170,8 @@ class Classifier:
         self._worker_session: Session | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
-        self._thresholds = np.asarray(task.thresholds or (), dtype=np.float32)
-        self._stats = Stats()
-        self._lock = threading.Lock()
+        self._texts = self._truncated = self._batches = 0
+        self._counting = threading.Lock()
         self._starting = threading.Lock()
         self._gatherer: Gatherer | None = None
         if max_wait_ms is not None:
@@ -212,7 +231,9 @@ class Classifier:
         tuning = tuning_for(bundle.manifest, cores)
         usual = tuning.variant if tuning is not None else None
         likely = _likely_model(bundle.manifest, device, variant or usual)
-        model = None if likely is None else _Background(functools.partial(bundle.read, likely))
+        model = (
+            None if likely is None else _Background(functools.partial(bundle.read_model, likely))
+        )
         facts = gather_facts(device)
         choice = choose_for(
             bundle, facts, device, variant, tuning=tuning, build_engine=build_engine
@@ -226,13 +247,17 @@ class Classifier:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
                 return _start_engine(bundle, chosen, facts, on_progress)
             path = chosen.variant.model
-            data = model.result() if model and path == likely else bundle.read(path)
-            session = OnnxSession(data, device=chosen.device, intra_op_threads=cores)
+            file = model.result() if model and path == likely else bundle.read_model(path)
+            session = OnnxSession(file, device=chosen.device, intra_op_threads=cores)
+            bundle.check_unchanged(path)
             _check_belongs(session, bundle)
             return session
 
         def start_worker_session() -> Session:
-            return OnnxSession(bundle.read(choice.variant.model), intra_op_threads=1)
+            path = choice.variant.model
+            session = OnnxSession(bundle.read_model(path), intra_op_threads=1)
+            bundle.check_unchanged(path)
+            return session
 
         def choose_again(failed: Mapping[str, str]) -> Choice:
             return choose_for(
@@ -282,11 +307,11 @@ class Classifier:
             InputError: A text is not what the task takes.
             DeviceError: The backend failed, or the classifier is closed.
         """
-        return self.predictions(self.scores(texts))
+        return [self._prediction(scores) for scores in self._probabilities(self.logits(texts))]
 
     def predictions(self, scores: NDArray[np.float32]) -> list[Prediction]:
         """Returns what rows of ``scores`` say: ``predict`` for who needs the scores, too."""
-        return [self._prediction(row) for row in scores]
+        return [self._prediction(row) for row in scores.tolist()]
 
     def scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         """Returns probabilities, ``float32[len(texts), labels]``, in the order of ``texts``.
@@ -294,7 +319,8 @@ class Classifier:
         Rows sum to 1 in a ``single_label`` task; each entry stands alone in ``multi_label``.
         Raises what ``predict`` raises.
         """
-        return self._probabilities(self.logits(texts))
+        found = self._probabilities(self.logits(texts))
+        return np.array(found, dtype=np.float32).reshape(-1, len(self.task.labels))
 
     def logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         """Returns the model's raw outputs, ``float32[len(texts), labels]``, in order.
@@ -305,15 +331,15 @@ class Classifier:
             raise InputError("give a list of texts, not one string: [text]")
         if not hasattr(texts, "__len__"):
             raise InputError(f"give a list of texts, not a {type(texts).__name__}")
-        starts = range(0, len(texts), _CHUNK_TEXTS)
-        chunks = self._encoded(texts[start : start + _CHUNK_TEXTS] for start in starts)
-        if 0 < len(texts) <= min(self.batch_size, _CHUNK_TEXTS):
-            (rows,) = chunks
+        if 0 < len(texts) <= self.batch_size:
+            rows = self._encoder.encode(texts)
             if self._gatherer is not None:
                 return np.stack(self._gatherer.logits(rows))
-            if len(self._cut(rows)) == 1:
+            if len(rows) == 1 or len(batches := self._cut(rows)) == 1:
                 return self._compute(rows, self._session)
-            chunks = iter([rows])
+            return self._collected(self._started(rows, batches))
+        starts = range(0, len(texts), _CHUNK_TEXTS)
+        chunks = self._encoded(texts[start : start + _CHUNK_TEXTS] for start in starts)
         logits = np.empty((len(texts), len(self.task.labels)), dtype=np.float32)
         for start, found in zip(starts, self._by_chunk(chunks), strict=True):
             logits[start : start + len(found)] = found
@@ -338,7 +364,7 @@ class Classifier:
         source = iter(texts)
         chunks = iter(lambda: list(itertools.islice(source, chunk_size)), [])
         for logits in self._by_chunk(self._encoded(chunks)):
-            yield from self.predictions(self._probabilities(logits))
+            yield from map(self._prediction, self._probabilities(logits))
 
     def _encoded(self, chunks: Iterable[Sequence[Text]]) -> Iterator[list[Encoded]]:
         first_index = 0
@@ -348,43 +374,43 @@ class Classifier:
 
     def _by_chunk(self, chunks: Iterable[list[Encoded]]) -> Iterator[NDArray[np.float32]]:
         """Yields the raw outputs of each chunk; the next one is tokenised meanwhile."""
-        running: deque[tuple[int, list[tuple[list[int], Future[NDArray[np.float32]]]]]] = deque()
+        running: deque[_Chunk] = deque()
         try:
             for rows in chunks:
-                batches = self._cut(rows)
-                pool = self._running_pool()
-                try:
-                    futures = [
-                        pool.submit(self._on_worker, [rows[index] for index in batch])
-                        for batch in reversed(batches)  # the longest first: none is left over alone
-                    ]
-                except RuntimeError as exc:  # another thread closed it a moment ago
-                    raise DeviceError("the classifier is closed") from exc
-                running.append((len(rows), list(zip(reversed(batches), futures, strict=True))))
+                running.append(self._started(rows, self._cut(rows)))
                 if len(running) > 1:
                     yield self._collected(running.popleft())
             while running:
                 yield self._collected(running.popleft())
         finally:
-            for _, parts in running:
-                for _, future in parts:
-                    future.cancel()
+            for chunk in running:
+                chunk.cancel()
 
-    def _collected(
-        self, chunk: tuple[int, list[tuple[list[int], Future[NDArray[np.float32]]]]]
-    ) -> NDArray[np.float32]:
-        count, parts = chunk
-        logits = np.empty((count, len(self.task.labels)), dtype=np.float32)
+    def _started(self, rows: list[Encoded], batches: list[list[int]]) -> _Chunk:
+        """Hands batches of rows to the workers."""
+        pool = self._running_pool()
+        longest_first = batches[::-1]  # so that none is left over alone
+        try:
+            futures = [
+                pool.submit(self._on_worker, [rows[index] for index in batch])
+                for batch in longest_first
+            ]
+        except RuntimeError as exc:  # another thread closed it a moment ago
+            raise DeviceError("the classifier is closed") from exc
+        return _Chunk(len(rows), longest_first, futures)
+
+    def _collected(self, chunk: _Chunk) -> NDArray[np.float32]:
+        """Waits for the raw outputs of a chunk."""
         from concurrent.futures import CancelledError
 
+        logits = np.empty((chunk.rows, len(self.task.labels)), dtype=np.float32)
         try:
-            for batch, future in parts:
+            for batch, future in zip(chunk.batches, chunk.futures, strict=True):
                 logits[batch] = future.result()
         except CancelledError as exc:
             raise DeviceError("the classifier was closed before this was computed") from exc
         finally:
-            for _, future in parts:
-                future.cancel()
+            chunk.cancel()
         return logits
 
     def _running_pool(self) -> ThreadPoolExecutor:
@@ -420,30 +446,34 @@ class Classifier:
                 f"the model gave logits of shape {found.shape} for {len(rows)} texts and "
                 f"{len(self.task.labels)} labels; model and manifest do not belong together"
             )
-        truncated = sum(row.truncated for row in rows)
-        with self._lock:
-            self._stats = Stats(
-                texts=self._stats.texts + len(rows),
-                truncated=self._stats.truncated + truncated,
-                batches=self._stats.batches + 1,
-            )
+        truncated = sum([row.truncated for row in rows])
+        with self._counting:
+            self._texts += len(rows)
+            self._truncated += truncated
+            self._batches += 1
         return found
 
-    def _probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        return sigmoid(logits) if self.task.kind == "multi_label" else _softmax(logits)
+    def _probabilities(self, logits: NDArray[np.float32]) -> list[list[float]]:
+        """Returns each row's scores.
 
-    def _prediction(self, scores: NDArray[np.float32]) -> Prediction:
-        labels = self.task.labels
-        best = int(scores.argmax())
-        if self.task.kind == "single_label":
-            return Prediction(labels[best], float(scores[best]), (labels[best],))
-        applying = [
-            i for i in np.argsort(-scores, kind="stable") if scores[i] >= self._thresholds[i]
-        ]
+        Without numpy: after a call of the model, what numpy needs for a handful of numbers is in
+        no cache of the processor, and takes longer than this (``benchmarks/single_text.py``).
+        """
+        of_row = _softmax if self.task.thresholds is None else _sigmoid
+        return [of_row(row) for row in logits.tolist()]
+
+    def _prediction(self, scores: list[float]) -> Prediction:
+        labels, thresholds = self.task.labels, self.task.thresholds
+        score = max(scores)
+        if thresholds is None:
+            best = labels[scores.index(score)]
+            return Prediction(best, score, (best,))
+        best_first = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+        applying = [index for index in best_first if scores[index] >= thresholds[index]]
         if not applying:
-            return Prediction(None, float(scores[best]), ())
-        best = int(applying[0])
-        return Prediction(labels[best], float(scores[best]), tuple(labels[i] for i in applying))
+            return Prediction(None, score, ())
+        found = tuple(labels[index] for index in applying)
+        return Prediction(found[0], scores[applying[0]], found)
 
     @property
     def session(self) -> Session:
@@ -458,7 +488,8 @@ class Classifier:
     @property
     def stats(self) -> Stats:
         """What this classifier has done so far; a snapshot."""
-        return self._stats
+        with self._counting:
+            return Stats(self._texts, self._truncated, self._batches)
 
     def close(self) -> None:
         """Frees the model. Using the classifier afterwards raises ``DeviceError``."""
@@ -636,15 +667,14 @@ def _check_sizes(batch_size: int, max_wait_ms: float | None) -> None:
         raise InputError(f"max_wait_ms is {max_wait_ms}; it must lie between 0 and 60000")
 
 
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    result: NDArray[np.float32] = shifted / shifted.sum(axis=-1, keepdims=True)
-    return result
+def _softmax(logits: list[float]) -> list[float]:
+    largest = max(logits)  # without it, exp would overflow
+    shares = [math.exp(logit - largest) for logit in logits]
+    total = sum(shares)
+    return [share / total for share in shares]
 
 
-def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns each label's score on its own, as ``Classifier.scores`` does."""
+def _sigmoid(logits: list[float]) -> list[float]:
     # exp of -|x| cannot overflow, whatever the model puts out.
-    small = np.exp(-np.abs(logits))
-    result: NDArray[np.float32] = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
-    return result
+    small = [math.exp(-abs(logit)) for logit in logits]
+    return [(1 if x >= 0 else e) / (1 + e) for x, e in zip(logits, small, strict=True)]

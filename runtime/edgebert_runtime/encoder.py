@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,8 +19,6 @@ __all__ = ["Encoded", "Text", "TextEncoder"]
 Text = str | tuple[str, str]
 """One input: a text, or a pair of texts where the task is on pairs."""
 
-_CHECKED_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
-
 
 class Encoded(msgspec.Struct, frozen=True):
     """One tokenised text.
@@ -34,6 +32,14 @@ class Encoded(msgspec.Struct, frozen=True):
     ids: Sequence[int]
     type_ids: Sequence[int]
     truncated: bool
+
+
+_OF_ROW: dict[str, Callable[[Encoded], Sequence[int]]] = {
+    "input_ids": lambda row: row.ids,
+    "attention_mask": lambda row: [1] * len(row.ids),
+    "token_type_ids": lambda row: row.type_ids,
+}
+"""What each of a model's inputs holds of a text."""
 
 
 class TextEncoder:
@@ -64,7 +70,7 @@ class TextEncoder:
             self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
         except Exception as exc:  # tokenizers raises bare Exception
             raise BundleError(f"the tokenizer cannot be read: {exc}") from exc
-        unknown = set(input_names) - _CHECKED_INPUTS
+        unknown = set(input_names) - _OF_ROW.keys()
         if unknown:
             raise BundleError(f"the model wants inputs that text cannot fill: {sorted(unknown)}")
         # Set once, here: changing a tokenizer while other threads encode is not safe.
@@ -75,7 +81,7 @@ class TextEncoder:
         self._whole = Tokenizer.from_str(self._tokenizer.to_str()) if text_pair else None
         self._max_length = max_length
         self._tokenizer.enable_truncation(max_length, strategy="longest_first")
-        self._input_names = tuple(input_names)
+        self._inputs = [(name, _OF_ROW[name]) for name in input_names]
         self._pad_token_id = pad_token_id
         self._text_pair = text_pair
 
@@ -96,25 +102,50 @@ class TextEncoder:
             InputError: A text is not a string (or a pair where pairs are wanted), or is not
                 valid Unicode.
         """
-        self._check(texts, first_index)
-        bounded = [self._bounded(text) for text in texts]
         try:
-            if len(bounded) == 1:  # a batch would wake the threads that share its work
-                (only,) = bounded
+            fitting = [self._fitting(text) for text in texts]
+            if len(fitting) == 1:  # a batch would wake the threads that share its work
+                (only,) = fitting
                 parts = (only,) if isinstance(only, str) else only
                 encodings = [self._tokenizer.encode(*parts)]
             else:
-                encodings = self._tokenizer.encode_batch(bounded)
+                encodings = self._tokenizer.encode_batch(fitting)
         except (TypeError, UnicodeEncodeError) as exc:
-            raise InputError(f"a text is not valid Unicode: {exc}") from exc
+            raise self._refusal(texts, first_index, exc) from exc
         return [Encoded(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]
 
-    def _bounded(self, text: Text) -> Text:
+    def _fitting(self, text: object) -> Text:
+        """Returns what to tokenise of a text; raises ``TypeError`` if the task takes no such."""
+        if self._whole is None:
+            if isinstance(text, str):
+                return text
+        elif isinstance(text, tuple) and [isinstance(side, str) for side in text] == [True, True]:
+            return self._bounded(text)
+        raise TypeError
+
+    def _refusal(self, texts: Sequence[object], first_index: int, exc: Exception) -> InputError:
+        """Says which text cannot be tokenised: nobody pays for the search while all can be."""
+        wanted = "a pair (first, second)" if self._text_pair else "one string"
+        for index, text in enumerate(texts, start=first_index):
+            parts = text if isinstance(text, tuple) else (text,)
+            if isinstance(text, str) == self._text_pair or len(parts) != 1 + self._text_pair:
+                return InputError(f"text {index}: this model takes {wanted}, got {text!r:.80}")
+            for part in parts:
+                if not isinstance(part, str):
+                    return InputError(f"text {index} is {type(part).__name__}, not a string")
+                try:
+                    part.encode()
+                except UnicodeEncodeError as fault:
+                    return InputError(f"text {index} is not valid Unicode: {fault}")
+        return InputError(f"a text cannot be tokenised: {exc}")
+
+    def _bounded(self, pair: tuple[str, str]) -> tuple[str, str]:
         """Cuts a pair to what could be kept of it, so that truncating it gives what it would."""
-        if isinstance(text, str) or self._whole is None or max(map(len, text)) <= self._max_length:
-            return text
-        sides = [self._whole.encode(side, add_special_tokens=False) for side in text]
-        cut = list(text)
+        assert self._whole is not None
+        if max(map(len, pair)) <= self._max_length:
+            return pair
+        sides = [self._whole.encode(side, add_special_tokens=False) for side in pair]
+        cut = list(pair)
         # Which side is longer matters to ``longest_first``, so the longer one stays longer.
         least = self._max_length + 1
         for index in sorted((0, 1), key=lambda index: len(sides[index].ids)):
@@ -122,39 +153,21 @@ class TextEncoder:
             if word is None:
                 least = max(least, len(sides[index].ids))
                 continue
-            cut[index] = text[index][: sides[index].word_to_chars(word)[1]]
+            cut[index] = pair[index][: sides[index].word_to_chars(word)[1]]
             least = sides[index].word_to_tokens(word)[1]
         return cut[0], cut[1]
 
-    def _check(self, texts: Sequence[Text], first_index: int) -> None:
-        for index, text in enumerate(texts, start=first_index):
-            parts = text if isinstance(text, tuple) else (text,)
-            if len(parts) != (2 if self._text_pair else 1) or isinstance(text, str) == (
-                self._text_pair
-            ):
-                wanted = "a pair (first, second)" if self._text_pair else "one string"
-                raise InputError(f"text {index}: this model takes {wanted}, got {text!r:.80}")
-            for part in parts:
-                if not isinstance(part, str):
-                    raise InputError(f"text {index} is {type(part).__name__}, not a string")
-                try:
-                    part.encode()
-                except UnicodeEncodeError as exc:
-                    raise InputError(f"text {index} is not valid Unicode: {exc}") from exc
-
     def collate(self, rows: Sequence[Encoded]) -> dict[str, NDArray[np.int64]]:
         """Pads ``rows`` to the longest of them: ``int64[batch, seq]`` for each model input."""
-        shape = (len(rows), max(len(row.ids) for row in rows))
-        inputs = {name: np.zeros(shape, dtype=np.int64) for name in self._input_names}
-        if self._pad_token_id:
-            inputs["input_ids"].fill(self._pad_token_id)
-        for index, row in enumerate(rows):
-            length = len(row.ids)
-            for name, array in inputs.items():
-                if name == "input_ids":
-                    array[index, :length] = row.ids
-                elif name == "attention_mask":
-                    array[index, :length] = 1
-                else:
-                    array[index, :length] = row.type_ids
+        if len(rows) == 1:
+            (row,) = rows
+            return {name: np.array([of_row(row)], dtype=np.int64) for name, of_row in self._inputs}
+        length = max([len(row.ids) for row in rows])
+        inputs = {}
+        for name, of_row in self._inputs:
+            array = inputs[name] = np.zeros((len(rows), length), dtype=np.int64)
+            if name == "input_ids":
+                array.fill(self._pad_token_id)
+            for index, row in enumerate(rows):
+                array[index, : len(row.ids)] = of_row(row)
         return inputs

@@ -6,6 +6,7 @@ it. Nothing here raises for what is missing; the reason takes its place.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -122,13 +123,19 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _distributions() -> dict[str, str]:
-    """Returns versions of installed distributions that matter here, by normalised name.
+    """Returns versions of installed distributions that matter here, by normalised name."""
+    return _distributions_in(tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _distributions_in(directories: tuple[str, ...]) -> dict[str, str]:
+    """Returns the same of some directories.
 
     Looks for their metadata where Python looks for packages: ``importlib.metadata`` would tell,
     too, but importing it takes longer than the rest of the start.
     """
     found: dict[str, str] = {}
-    for directory in sys.path:
+    for directory in directories:
         try:
             entries = os.listdir(directory or ".")  # noqa: PTH208 - names are all it needs
         except OSError:  # not a directory, or not there
