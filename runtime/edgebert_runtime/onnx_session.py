@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -62,6 +63,8 @@ class OnnxSession:
                 f"this ONNX Runtime ({ort.__version__}) has no {provider}; for a GPU install "
                 "edgebert-runtime[gpu] instead of [cpu]"
             )
+        if device == "cuda":
+            _preload_cuda(ort)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only; they reach the caller as exceptions
         # A model may name files with its weights: none outside its directory is read. Before 1.24,
@@ -95,7 +98,8 @@ class OnnxSession:
         if provider not in session.get_providers():
             raise DeviceError(
                 f"ONNX Runtime was asked for {provider} and loaded "
-                f"{', '.join(session.get_providers())}; check the driver and the CUDA libraries"
+                f"{', '.join(session.get_providers())}; check the driver (edgebert-rt doctor) and "
+                "CUDA's libraries (pip install 'onnxruntime-gpu[cuda,cudnn]' brings them)"
             )
         # Some models take INT32, which TensorRT prefers; above the seam ids are INT64 always.
         self._narrow = {s.name for s in session.get_inputs() if s.type == "tensor(int32)"}
@@ -126,6 +130,18 @@ class OnnxSession:
     def close(self) -> None:
         """Frees the model; see ``Session.close``."""
         self._session = None
+
+
+def _preload_cuda(ort: Any) -> None:
+    """Loads CUDA's libraries where pip put them, which no loader searches.
+
+    What is found nowhere is left to the session, which then has no GPU; ONNX Runtime prints it.
+    """
+    from contextlib import redirect_stdout
+
+    with redirect_stdout(sys.stderr):
+        if hasattr(ort, "preload_dlls"):  # from ONNX Runtime 1.21 on
+            ort.preload_dlls()
 
 
 def check_inputs(inputs: Inputs, ranks: dict[str, int]) -> None:

@@ -8,10 +8,8 @@ Runtime on the CPU. Prints times by shape, INT8 against FP16, graphs on and off,
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,29 +20,20 @@ from edgebert_runtime.cuda import Cuda
 from edgebert_runtime.engine import EngineKey, unusable
 from edgebert_runtime.engine_cache import EngineCache
 from edgebert_runtime.engines import build_engines, measure_engines, open_engine
-from edgebert_runtime.facts import gather_facts
+from edgebert_runtime.facts import DeviceFacts
 from edgebert_runtime.onnx_session import OnnxSession
 from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour
 
-BUNDLE = os.environ.get("EDGEBERT_GPU_BUNDLE", "build/movie-sentiment/bundle")
-ROWS, MOST_FLIPS, MOST_DIFFERENCE = 1000, 0.01, 2e-2
-FACTS = gather_facts(look_for_gpu=True)
+MOST_FLIPS, MOST_DIFFERENCE = 0.01, 2e-2
 
 
 @pytest.fixture(scope="module", params=FLAVOURS)
-def flavour(request: pytest.FixtureRequest) -> Flavour:
+def flavour(request: pytest.FixtureRequest, facts: DeviceFacts) -> Flavour:
     found: Flavour = request.param
-    reason = unusable(found, FACTS)
+    reason = unusable(found, facts)
     if reason is not None:
         pytest.skip(f"{found}: {reason}")
     return found
-
-
-@pytest.fixture(scope="module")
-def bundle(flavour: Flavour) -> Bundle:
-    if not Path(BUNDLE).exists():
-        pytest.skip(f"there is no bundle at {BUNDLE}: make export, or name one with BUNDLE=…")
-    return Bundle.open(BUNDLE)
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +42,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> EngineCache:
 
 
 @pytest.fixture(scope="module")
-def keys(flavour: Flavour, bundle: Bundle, cache: EngineCache) -> dict[str, EngineKey]:
-    found = build_engines(bundle, flavour, FACTS, cache, say=print)
+def keys(
+    flavour: Flavour, facts: DeviceFacts, bundle: Bundle, cache: EngineCache
+) -> dict[str, EngineKey]:
+    found = build_engines(bundle, flavour, facts, cache, say=print)
     assert {"int8-gpu", "fp16-gpu"} <= set(found)
-    return found
-
-
-@pytest.fixture(scope="module")
-def batches(bundle: Bundle) -> list[dict[str, Any]]:
-    """Rows of all lengths, in batches of one to thirty-two."""
-    random, longest = np.random.default_rng(11), bundle.manifest.max_length
-    found, rows = [], 0
-    while rows < ROWS:
-        shape = (int(random.choice([1, 2, 8, 32])), int(random.integers(3, longest + 1)))
-        lengths = random.integers(3, shape[1] + 1, size=shape[0])
-        mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
-        ids = random.integers(1000, 20000, size=shape) * mask
-        batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        found.append({spec.name: batch[spec.name] for spec in bundle.manifest.inputs})
-        rows += shape[0]
     return found
 
 
