@@ -117,10 +117,10 @@ def reused(stderr: str) -> list[str]:
 
 
 def test_a_second_run_reuses_everything_and_only_what_changed_runs_again(
-    built: tuple[Path, Path], edgebert: Any
+    built: tuple[Path, Path], edgebert: Any, edgebert_afresh: Any
 ) -> None:
     recipe, out = built
-    done = edgebert("export", recipe, "--out", out, "--ablate")
+    done = edgebert_afresh("export", recipe, "--out", out, "--ablate")
     assert done.returncode == 0, done.stderr
     assert reused(done.stderr) == [
         *("finetune", "teach", "distill", "ablate"),
@@ -143,21 +143,22 @@ def outcome(out: Path) -> Any:
 
 
 def test_a_run_killed_in_every_stage_of_distilling_ends_with_the_same_result(
-    built: tuple[Path, Path], tmp_path: Path, edgebert: Any, edgebert_command: Any
+    built: tuple[Path, Path], tmp_path: Path, edgebert: Any, start_edgebert: Any
 ) -> None:
     recipe, whole = built
     broken = tmp_path / "broken"
-    command = edgebert_command("export", recipe, "--out", broken, "--ablate")
     for stage in ("teach", "distill", "ablate", "onnx"):
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        process = start_edgebert(
+            *("export", recipe, "--out", broken, "--ablate"), stderr=subprocess.PIPE
         )
         assert process.stderr is not None
+        said = ""
         for line in process.stderr:
+            said += line
             if line.startswith(f"{stage}: "):
-                time.sleep(0.3)
+                time.sleep(0.1)
                 process.kill()
-        assert process.wait() == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL, said
     done = edgebert("export", recipe, "--out", broken, "--ablate")
     assert done.returncode == 0, done.stderr
     assert {"finetune", "teach", "distill", "ablate"} <= set(reused(done.stderr))
@@ -169,16 +170,14 @@ def test_distilling_goes_on_where_it_was_killed(
     built: tuple[Path, Path],
     tmp_path: Path,
     edgebert: Any,
-    edgebert_command: Any,
+    start_edgebert: Any,
 ) -> None:
     _, whole = built
     recipe, out = distilling(), tmp_path / "killed"
     for stage in ("finetune", "teach"):
         (source,) = (whole / ".stages").glob(f"{stage}-*")
         shutil.copytree(source, out / ".stages" / source.name)
-    process = subprocess.Popen(
-        edgebert_command("export", recipe, "--out", out), stderr=subprocess.DEVNULL
-    )
+    process = start_edgebert("export", recipe, "--out", out)
     deadline = time.monotonic() + 120
     saved: list[Path] = []
     while not saved and process.poll() is None and time.monotonic() < deadline:
