@@ -13,13 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import loaded
 import msgspec
 import numpy as np
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
-from warm import WarmCommand, WarmProcess
+from warm import FEW_CALLS, WarmCommand, WarmProcess
 
 from edgebert_export.dataset import Example
 from edgebert_export.fidelity import Budget
@@ -30,12 +31,24 @@ from edgebert_pipeline.engines import EngineLog
 from edgebert_pipeline.recommend import recommend
 from edgebert_pipeline.report import REPORT_VERSION, ModelSummary, Report
 from edgebert_pipeline.scores import Evaluation, VariantScores, full_name
+from edgebert_runtime import bench
 from edgebert_runtime.bench import LatencyCell, Timing
 from edgebert_runtime.manifest import Provenance, Task
 from edgebert_runtime.rows import pack_right, row_order, rows_sha256
 
 ROOT = Path(__file__).parent.parent.parent
 CALIBRATION = ROOT / "calibration_data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loaded_once() -> None:
+    loaded.load()
+
+
+@pytest.fixture(autouse=True)
+def _time_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_CELL_CALLS", FEW_CALLS)
+
 
 _DATA = {
     "single": f"""

@@ -2,16 +2,15 @@
 
 As a program, it loads what the command loads and then, for each request on the socket that is its
 standard input, forks a process that goes on as ``edgebert ARGUMENTS...`` would: with its own
-directory, environment and output, its own end, and a name under which it can be killed.
-``WarmCommand`` is the other side. What is different from a fresh interpreter is that all share one
-seed of ``hash``; a test that needs another one starts the real command.
+directory, environment and output, its own end, and a number under which it can be killed.
+``WarmCommand`` is the other side. What differs from a fresh interpreter: all share one seed of
+``hash``, and latencies are timed on fewer calls. A test that two runs give the same starts the real
+command, too.
 """
 
 from __future__ import annotations
 
 import atexit
-import gc
-import importlib
 import json
 import os
 import select
@@ -25,36 +24,15 @@ import traceback
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-__all__ = ["WarmCommand", "WarmProcess"]
+import loaded
+import numpy as np
 
-# What takes a stage long to import. Not ONNX Runtime: a thread that it starts when it is imported
-# would be missing in the forks, where its end is waited for.
-_MODULES = (
-    "edgebert_export.cpu_kernels",
-    "edgebert_export.distill",
-    "edgebert_export.engine",
-    "edgebert_export.teach",
-    "edgebert_export.tuned_bundle",
-    "edgebert_pipeline.compare_report",
-    "edgebert_pipeline.history",
-    "edgebert_pipeline.junit",
-    "edgebert_pipeline.run",
-    "edgebert_pipeline.tune",
-    "accelerate",
-    "datasets",
-    "onnx.reference",
-    "onnx.shape_inference",
-    "optimum.exporters.onnx",
-    "optimum.exporters.tasks",
-    "pyarrow.parquet",
-    "rich.progress",
-    "sklearn.metrics",
-    "torch",
-    "torch.utils.data",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.distilbert.modeling_distilbert",
-    "transformers.trainer",
-)
+from edgebert_runtime import bench
+
+__all__ = ["FEW_CALLS", "WarmCommand", "WarmProcess"]
+
+FEW_CALLS = 10
+"""Timed calls for each cell of the breakdown of latencies, which is about no machine in tests."""
 
 
 class WarmProcess:
@@ -175,8 +153,6 @@ def _serve() -> list[str] | None:
 
 def _become(request: dict[str, Any], standard: list[int]) -> None:
     """Gives this process the directory, environment and standard streams that were asked for."""
-    import numpy as np
-
     for number, fd in enumerate(standard):
         os.dup2(fd, number)
         os.close(fd)
@@ -214,20 +190,11 @@ def _run(arguments: list[str]) -> NoReturn:
     os._exit(code or 0)
 
 
-def _load() -> None:
-    # What ``main`` sets before any of it is loaded.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("edgebert_pipeline.cli", *_MODULES):
-        importlib.import_module(name)
-    assert "onnxruntime" not in sys.modules
-    gc.collect()
-    gc.freeze()  # a collection in a fork then copies none of it
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
-    _load()
+    loaded.load()
+    bench._CELL_CALLS = FEW_CALLS
+    assert "onnxruntime" not in sys.modules  # its thread would be missing in the forks
     arguments = _serve()
     if arguments is not None:
         _run(arguments)
