@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loaded
 import pytest
 
 from edgebert_export.checkpoint import Checkpoint
@@ -16,6 +17,11 @@ from edgebert_export.to_onnx import ExportConfig, OnnxModel, to_onnx
 from edgebert_runtime.manifest import Task
 
 Weights = dict[str, Any]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loaded_once() -> None:
+    loaded.load()
 
 
 @pytest.fixture(scope="session")

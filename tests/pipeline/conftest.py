@@ -8,15 +8,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import loaded
 import msgspec
 import numpy as np
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
+from warm import FEW_CALLS, WarmCommand, WarmProcess
 
 from edgebert_export.dataset import Example
 from edgebert_export.fidelity import Budget
@@ -27,12 +31,24 @@ from edgebert_pipeline.engines import EngineLog
 from edgebert_pipeline.recommend import recommend
 from edgebert_pipeline.report import REPORT_VERSION, ModelSummary, Report
 from edgebert_pipeline.scores import Evaluation, VariantScores, full_name
+from edgebert_runtime import bench
 from edgebert_runtime.bench import LatencyCell, Timing
 from edgebert_runtime.manifest import Provenance, Task
 from edgebert_runtime.rows import pack_right, row_order, rows_sha256
 
 ROOT = Path(__file__).parent.parent.parent
 CALIBRATION = ROOT / "calibration_data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loaded_once() -> None:
+    loaded.load()
+
+
+@pytest.fixture(autouse=True)
+def _time_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_CELL_CALLS", FEW_CALLS)
+
 
 _DATA = {
     "single": f"""
@@ -109,22 +125,37 @@ max_flip_rate = 1.0
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.fixture(scope="session")
+def warm_command() -> Iterator[WarmCommand]:
+    """The command, loaded once."""
+    warm = WarmCommand()
+    yield warm
+    warm.close()
+
+
 @pytest.fixture
-def edgebert(tmp_path: Path) -> Run:
-    """Returns a function that runs the real command in a process of its own."""
+def edgebert(tmp_path: Path, warm_command: WarmCommand) -> Run:
+    """Returns a function that runs the command in a process of its own."""
 
     def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*args),
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, **env},
-            timeout=300,
-            check=False,
-        )
+        with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+            process = warm_command.start(
+                *args, cwd=tmp_path, env=env, stdout=out.fileno(), stderr=err.fileno()
+            )
+            code = process.wait(timeout=300)
+            out.seek(0), err.seek(0)
+            return subprocess.CompletedProcess(args, code, out.read(), err.read())
 
     return run
+
+
+@pytest.fixture
+def start_edgebert(tmp_path: Path, warm_command: WarmCommand) -> Callable[..., WarmProcess]:
+    """Returns a function that starts the command in a process of its own, to be killed, say.
+
+    Keyword arguments are ``env``, ``stdout`` and ``stderr``, as ``WarmCommand.start`` has them.
+    """
+    return partial(warm_command.start, cwd=tmp_path)
 
 
 def command(*args: object) -> list[str]:
@@ -135,6 +166,18 @@ def command(*args: object) -> list[str]:
 def edgebert_command() -> Callable[..., list[str]]:
     """Returns a function that gives the command line of the real command."""
     return command
+
+
+@pytest.fixture
+def edgebert_afresh(tmp_path: Path) -> Run:
+    """Returns a function that runs the real command in an interpreter that has loaded nothing."""
+
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*args), capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False
+        )
+
+    return run
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -117,10 +116,10 @@ def reused(stderr: str) -> list[str]:
 
 
 def test_a_second_run_reuses_everything_and_only_what_changed_runs_again(
-    built: tuple[Path, Path], edgebert: Any
+    built: tuple[Path, Path], edgebert: Any, edgebert_afresh: Any
 ) -> None:
     recipe, out = built
-    done = edgebert("export", recipe, "--out", out, "--ablate")
+    done = edgebert_afresh("export", recipe, "--out", out, "--ablate")
     assert done.returncode == 0, done.stderr
     assert reused(done.stderr) == [
         *("finetune", "teach", "distill", "ablate"),
@@ -143,21 +142,22 @@ def outcome(out: Path) -> Any:
 
 
 def test_a_run_killed_in_every_stage_of_distilling_ends_with_the_same_result(
-    built: tuple[Path, Path], tmp_path: Path, edgebert: Any, edgebert_command: Any
+    built: tuple[Path, Path], tmp_path: Path, edgebert: Any, start_edgebert: Any
 ) -> None:
     recipe, whole = built
     broken = tmp_path / "broken"
-    command = edgebert_command("export", recipe, "--out", broken, "--ablate")
     for stage in ("teach", "distill", "ablate", "onnx"):
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        process = start_edgebert(
+            *("export", recipe, "--out", broken, "--ablate"), stderr=subprocess.PIPE
         )
         assert process.stderr is not None
+        said = ""
         for line in process.stderr:
+            said += line
             if line.startswith(f"{stage}: "):
-                time.sleep(0.3)
+                time.sleep(0.1)
                 process.kill()
-        assert process.wait() == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL, said
     done = edgebert("export", recipe, "--out", broken, "--ablate")
     assert done.returncode == 0, done.stderr
     assert {"finetune", "teach", "distill", "ablate"} <= set(reused(done.stderr))
@@ -169,19 +169,18 @@ def test_distilling_goes_on_where_it_was_killed(
     built: tuple[Path, Path],
     tmp_path: Path,
     edgebert: Any,
-    edgebert_command: Any,
+    start_edgebert: Any,
 ) -> None:
     _, whole = built
     recipe, out = distilling(), tmp_path / "killed"
     for stage in ("finetune", "teach"):
         (source,) = (whole / ".stages").glob(f"{stage}-*")
         shutil.copytree(source, out / ".stages" / source.name)
-    process = subprocess.Popen(
-        edgebert_command("export", recipe, "--out", out), stderr=subprocess.DEVNULL
-    )
+    process = start_edgebert("export", recipe, "--out", out)
     deadline = time.monotonic() + 120
     saved: list[Path] = []
     while not saved and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
         saved = list(
             (out / ".stages").glob("work-distill-*/student/checkpoint-*/edgebert-complete")
         )
@@ -405,6 +404,7 @@ def test_two_processes_killed_and_resumed_give_what_one_gives(
     tmp_path: Path,
     edgebert: Any,
     edgebert_command: Any,
+    start_edgebert: Any,
 ) -> None:
     """Fine-tuning, the choice of layers, distilling and the ablation; without dropout."""
     encoder = tmp_path / "encoder"
@@ -412,45 +412,55 @@ def test_two_processes_killed_and_resumed_give_what_one_gives(
     values = json.loads((encoder / "config.json").read_text())
     values |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (encoder / "config.json").write_text(json.dumps(values))
-    recipe = distilling(distill=DISTILL + "dropout = 0.0\n")
+    training_alone = "dropout = 0.0\n[quantise]\ncpu = false\ngpu = false\n"
+    recipe = distilling(distill=DISTILL + training_alone)
     recipe.write_text(recipe.read_text().replace(str(tiny_encoder), str(encoder)))
     one, two = tmp_path / "one", tmp_path / "two"
     alone = edgebert("export", recipe, "--out", one, "--ablate")
     assert alone.returncode == 0, alone.stderr
+
+    def start(out: int, err: int) -> list[Any]:
+        """Starts a process for each number in what launchers set in the environment."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        return [
+            start_edgebert(
+                *("export", recipe, "--out", two, "--ablate"),
+                env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                stdout=out,
+                stderr=err,
+            )
+            for rank in ("0", "1")
+        ]
+
+    running = start(subprocess.DEVNULL, subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        saved: list[Path] = []
+        while not saved and running[0].poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+            saved = list((two / ".stages").glob("work-distill-*/student/*/edgebert-complete"))
+        assert saved, "it ended before it saved anything"
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.wait() for process in running] == [-signal.SIGKILL] * 2
 
     # The launcher's word for several processes on a machine, with GPUs or without.
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     options += " --dynamo_backend no --main_process_port 0"
     launch = [str(Path(sys.executable).parent / "accelerate"), "launch", *options.split()]
     launch += edgebert_command("export", recipe, "--out", two, "--ablate")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(
-        launch, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 240
-        saved: list[Path] = []
-        while not saved and running.poll() is None and time.monotonic() < deadline:
-            saved = list((two / ".stages").glob("work-distill-*/student/*/edgebert-complete"))
-        assert saved, "it ended before it saved anything"
-    finally:
-        for process in psutil.Process(running.pid).children(recursive=True):
-            process.kill()
-        running.kill()
-        running.wait()
-
-    def go_on() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            launch, capture_output=True, text=True, timeout=300, check=False, env=environment
-        )
-
-    done = go_on()
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "going on from the last save of an interrupted run" in done.stderr
     assert done.stdout.count("student fp32") == 1  # the leader reports, alone
-    again = go_on()
-    assert again.returncode == 0, again.stderr
-    assert {"finetune", "teach", "distill", "ablate", "evaluate"} <= set(reused(again.stderr))
+    with (tmp_path / "said").open("w") as said:
+        again = start(subprocess.DEVNULL, said.fileno())
+        assert [process.wait(timeout=300) for process in again] == [0, 0]
+    stages = {"finetune", "teach", "distill", "ablate", "evaluate"}
+    assert stages <= set(reused((tmp_path / "said").read_text()))
 
     reports = [
         msgspec.json.decode((out / "report.json").read_bytes(), type=Report) for out in (one, two)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,20 +144,19 @@ def test_the_log_of_engines_is_in_the_report_as_json() -> None:
 
 @needs_rtx
 def test_a_run_killed_while_it_builds_engines_goes_on(
-    built, write_recipe, edgebert, edgebert_command
+    built, write_recipe, edgebert, start_edgebert
 ) -> None:
-    import subprocess
-
     out, report = built(write_recipe)
     recipe = write_recipe("single", '[engine]\nrtx = "always"')
-    command = edgebert_command("export", recipe, "--out", out, "--force", "engine")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = start_edgebert(
+        *("export", recipe, "--out", out, "--force", "engine"), stderr=subprocess.PIPE
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("engine: "):
             process.kill()
             break
-    process.communicate()
+    assert process.wait() == -signal.SIGKILL
     Bundle.open(out / "bundle").verify()  # the one that was there
     done = edgebert("export", recipe, "--out", out)
     assert done.returncode == 0, done.stderr

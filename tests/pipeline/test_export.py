@@ -17,6 +17,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from warm import WarmProcess
 
 from edgebert_pipeline import STAGES
 from edgebert_pipeline.run import export
@@ -100,10 +101,10 @@ def test_thresholds_come_from_validation_rows_when_the_recipe_says_so(
     assert set(report.task.thresholds) != {0.5}
 
 
-def test_a_second_run_reuses_every_stage_and_changes_nothing(built, edgebert) -> None:
+def test_a_second_run_reuses_every_stage_and_changes_nothing(built, edgebert_afresh) -> None:
     recipe, out, printed = built
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name[0] != "."}
-    second = edgebert("export", recipe, "--out", out)
+    second = edgebert_afresh("export", recipe, "--out", out)
     assert second.returncode == 0
     assert [f"{name}: reused" in second.stderr for name in PLAIN] == [True] * len(PLAIN)
     assert second.stdout == printed
@@ -211,17 +212,13 @@ def outcome(out: Path) -> tuple[str, list[tuple[str, int, int]]]:
     return report["bundle_digest"], [(v["name"], v["correct"], v["flips"]) for v in variants]
 
 
-def killed_when(command: list[str], announced: str, delay_s: float = 0.0) -> str:
-    """Starts ``command``, kills it with SIGKILL once it says ``announced``."""
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+def killed_when(process: WarmProcess, announced: str) -> str:
+    """Kills ``process`` with SIGKILL once it says ``announced``; returns what it said."""
     assert process.stderr is not None
     said = ""
     for line in process.stderr:
         said += line
         if line.startswith(announced):
-            time.sleep(delay_s)
             process.kill()
             break
     said += process.stderr.read()
@@ -230,34 +227,32 @@ def killed_when(command: list[str], announced: str, delay_s: float = 0.0) -> str
 
 
 def test_a_run_killed_in_every_stage_ends_with_the_same_result(
-    built, tmp_path: Path, edgebert, edgebert_command
+    built, tmp_path: Path, edgebert_afresh, start_edgebert
 ) -> None:
     recipe, whole, _ = built
     broken = tmp_path / "broken"
-    command = edgebert_command("export", recipe, "--out", broken)
     for index, stage in enumerate(PLAIN):
-        said = killed_when(command, f"{stage}: ")
+        process = start_edgebert("export", recipe, "--out", broken, stderr=subprocess.PIPE)
+        said = killed_when(process, f"{stage}: ")
         for finished_stage in PLAIN[: max(index - 1, 0)]:
             assert f"{finished_stage}: reused" in said
         for name in stage_directories(broken):
             assert name.startswith(("tmp-", "work-")) or name.rpartition("-")[0] in PLAIN[:index]
         assert not (broken / "bundle").exists()
-    done = edgebert("export", recipe, "--out", broken)
+    done = edgebert_afresh("export", recipe, "--out", broken)
     assert done.returncode == 0, done.stderr
     assert outcome(broken) == outcome(whole)
     assert not [name for name in stage_directories(broken) if name.startswith(("tmp-", "work-"))]
 
 
 def test_fine_tuning_goes_on_where_it_was_killed(
-    write_recipe, tmp_path: Path, edgebert, edgebert_command
+    write_recipe, tmp_path: Path, edgebert, start_edgebert
 ) -> None:
     recipe = write_recipe(**{"epochs = 2": "epochs = 4"})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     until = ("--until", "finetune")
     assert edgebert("export", recipe, "--out", whole, *until).returncode == 0
-    process = subprocess.Popen(
-        edgebert_command("export", recipe, "--out", broken, *until), stderr=subprocess.DEVNULL
-    )
+    process = start_edgebert("export", recipe, "--out", broken, *until)
     deadline = time.monotonic() + 120
     while not list(broken.glob(".stages/work-*/checkpoint-*/edgebert-complete")):
         assert process.poll() is None, "it ended before it could be killed"
@@ -277,14 +272,12 @@ def test_fine_tuning_goes_on_where_it_was_killed(
 
 
 @pytest.fixture
-def running(write_recipe, tmp_path: Path, edgebert_command) -> Iterator[tuple[Path, Path, int]]:
+def running(write_recipe, tmp_path: Path, start_edgebert) -> Iterator[tuple[Path, Path, int]]:
     """A run that holds its build directory: recipe, directory and process id."""
     recipe = write_recipe(**{"epochs = 2": "epochs = 6"})
     out = tmp_path / "shared"
-    process = subprocess.Popen(
-        edgebert_command("export", recipe, "--out", out, "--until", "finetune"),
-        stderr=subprocess.PIPE,
-        text=True,
+    process = start_edgebert(
+        *("export", recipe, "--out", out, "--until", "finetune"), stderr=subprocess.PIPE
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -301,12 +294,10 @@ def test_a_second_run_at_once_stops_and_names_the_first(running, edgebert, fails
     assert f"in use by process {pid} on " in error
 
 
-def test_a_second_run_that_waits_goes_on_when_the_first_is_gone(running, edgebert_command) -> None:
+def test_a_second_run_that_waits_goes_on_when_the_first_is_gone(running, start_edgebert) -> None:
     recipe, out, pid = running
-    second = subprocess.Popen(
-        edgebert_command("export", recipe, "--out", out, "--until", "finetune", "--wait"),
-        stderr=subprocess.PIPE,
-        text=True,
+    second = start_edgebert(
+        *("export", recipe, "--out", out, "--until", "finetune", "--wait"), stderr=subprocess.PIPE
     )
     assert second.stderr is not None
     for line in second.stderr:
@@ -386,17 +377,16 @@ def test_progress_is_plain_lines_when_stderr_is_no_terminal(built, edgebert) -> 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_progress_is_a_bar_on_a_terminal(built, edgebert_command) -> None:
+def test_progress_is_a_bar_on_a_terminal(built, start_edgebert) -> None:
     import pty
 
     recipe, out, _ = built
 
     main, terminal = pty.openpty()
-    process = subprocess.Popen(
-        edgebert_command("export", recipe, "--out", out, "--until", "onnx", "--force", "onnx"),
+    process = start_edgebert(
+        *("export", recipe, "--out", out, "--until", "onnx", "--force", "onnx"),
         stderr=terminal,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "TERM": "xterm-256color"},
+        env={"TERM": "xterm-256color"},
     )
     os.close(terminal)
     said = b""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -482,18 +481,16 @@ def test_an_export_that_ends_while_the_tuned_bundle_is_written_is_not_written_ov
 
 
 def test_a_killed_run_leaves_the_bundle_and_the_next_cleans_up(
-    bundle: Path, rows: Path, edgebert_command, speeds
+    bundle: Path, rows: Path, start_edgebert, speeds
 ) -> None:
     before = state(bundle)
-    process = subprocess.Popen(
-        edgebert_command("tune", bundle, "--data", rows), stderr=subprocess.PIPE, text=True
-    )
+    process = start_edgebert("tune", bundle, "--data", rows, stderr=subprocess.PIPE)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("speed:"):
             break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert state(bundle) == before
     assert [p for p in bundle.parent.iterdir() if p.is_dir() and p != bundle]
     speeds({"int8-cpu-per-tensor": 2.0})
