@@ -1,6 +1,7 @@
 """edgebert beside what its users would take otherwise: speed, memory, size, and accuracy.
 
-Usage: python benchmarks/speed.py RECIPE BUILD [--quick] [--out DIR]   (after edgebert export)
+Usage: python benchmarks/speed.py RECIPE BUILD [--quick] [--rounds N] [--out DIR]
+(after edgebert export)
 
 The same fine-tuned checkpoints and the same test rows for all: the build's bundles in edgebert,
 ``transformers.pipeline``, PyTorch's dynamic INT8, Optimum's models in the same pipeline, bare
@@ -451,9 +452,14 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("build", type=Path)
     parser.add_argument("--quick", action="store_true", help="fewer texts and rounds")
+    parser.add_argument("--rounds", type=int, help="of everything; 7 (cold starts: 5) if not given")
     parser.add_argument("--out", type=Path, help="where to write; BUILD/speed if not given")
     options = parser.parse_args()
     out, effort = options.out or options.build / "speed", QUICK if options.quick else FULL
+    if options.rounds is not None:
+        if options.rounds < 1:
+            raise SystemExit("--rounds must be 1 or more")
+        effort = dataclasses.replace(effort, rounds=options.rounds, cold=options.rounds)
     logging.disable(logging.WARNING)
     where = environment()
     report = read_report(options.build)
