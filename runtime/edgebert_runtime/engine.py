@@ -19,8 +19,9 @@ from edgebert_runtime.tensorrt_build import BuildOptions
 __all__ = ["EngineKey", "bundled_keys", "difference", "unusable", "wanted_key"]
 
 _RTX_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
-"""GPUs that an engine of TensorRT for RTX 1.7 runs on (its support matrix); Orin's 8.7 is none of
-them. Turing (7.5) would need an engine that is built for it alone, so it is served by TensorRT."""
+"""GPUs that an engine of TensorRT for RTX 1.7 runs on, besides newer ones (so its library says on
+any other); Orin's 8.7 and Hopper's 9.0 are none of them. Turing (7.5) would need an engine that is
+built for it alone, so it is served by TensorRT."""
 _RTX_PLATFORMS = {("linux", "x86_64"), ("win32", "amd64")}
 _OLDEST_CAPABILITY = (7, 5)
 """GPUs from Turing on: TensorRT dropped Volta with 10.5, and edgebert does so for all of them."""
@@ -160,11 +161,12 @@ def unusable(flavour: Flavour, facts: DeviceFacts, *, building: bool = False) ->
     gpu, version = facts.gpu, found.version
     capability = ".".join(map(str, gpu.compute_capability))
     if flavour == "rtx":
-        if gpu.compute_capability not in _RTX_CAPABILITIES:
+        is_older = gpu.compute_capability < _RTX_CAPABILITIES[-1]
+        if is_older and gpu.compute_capability not in _RTX_CAPABILITIES:
             known = ", ".join(f"{major}.{minor}" for major, minor in _RTX_CAPABILITIES)
             return (
-                f"engines for TensorRT-RTX {version} run on compute capabilities {known}, found "
-                f"{gpu.name} with {capability}"
+                f"engines for TensorRT-RTX {version} run on compute capabilities {known} and "
+                f"newer, found {gpu.name} with {capability}"
             )
     elif gpu.compute_capability < _OLDEST_CAPABILITY:
         oldest = ".".join(map(str, _OLDEST_CAPABILITY))

@@ -28,14 +28,14 @@ def gpu(facts: DeviceFacts) -> GpuFacts:
     return facts.gpu
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bundle() -> Bundle:
     if not Path(BUNDLE).exists():
         pytest.skip(f"there is no bundle at {BUNDLE}: make export, or name one with BUNDLE=…")
     return Bundle.open(BUNDLE)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def batches(bundle: Bundle) -> list[dict[str, Any]]:
     """Rows of all lengths, in batches of one to thirty-two."""
     random, longest = np.random.default_rng(11), bundle.manifest.max_length

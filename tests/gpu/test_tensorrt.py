@@ -27,8 +27,9 @@ from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour
 MOST_FLIPS, MOST_DIFFERENCE = 0.01, 2e-2
 
 
-@pytest.fixture(scope="module", params=FLAVOURS)
+@pytest.fixture(scope="module", params=FLAVOURS, autouse=True)
 def flavour(request: pytest.FixtureRequest, facts: DeviceFacts) -> Flavour:
+    """Comes before the bundle: what is missing of TensorRT is the reason that matters."""
     found: Flavour = request.param
     reason = unusable(found, facts)
     if reason is not None:

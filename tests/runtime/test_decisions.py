@@ -60,6 +60,9 @@ T4, L4 = gpu("Tesla T4", (7, 5), (13, 0), 16), gpu("L4", (8, 9), (13, 0), 24)
 A100 = gpu("A100", (8, 0), (13, 0), 80)
 V100 = gpu("Tesla V100", (7, 0), (12, 4), 32)
 RTX_4090, RTX_5090 = gpu("RTX 4090", (8, 9), (13, 0), 24), gpu("RTX 5090", (12, 0), (13, 0), 32)
+H200 = gpu("NVIDIA H200", (9, 0), (13, 0), 140)
+NEWER = gpu("newer than this edgebert", (13, 0), (14, 0), 32)
+RTX_GPUS = "run on compute capabilities 8.0, 8.6, 8.9, 12.0, 12.1 and newer"
 OLD_DRIVER = gpu("RTX 4090", (8, 9), (12, 4), 24)
 
 
@@ -82,7 +85,7 @@ def test_tensorrt_runs_on(facts: DeviceFacts) -> None:
     assert unusable("tensorrt", facts) is None
 
 
-@pytest.mark.parametrize("device", [A100, L4, RTX_4090, RTX_5090])
+@pytest.mark.parametrize("device", [A100, L4, RTX_4090, RTX_5090, NEWER])
 def test_tensorrt_rtx_runs_on(device: GpuFacts) -> None:
     assert unusable("rtx", machine(device, rtx="1.7.1.116", built_for=13)) is None
 
@@ -110,12 +113,17 @@ def test_tensorrt_rtx_runs_on(device: GpuFacts) -> None:
         (
             "rtx",
             machine(ORIN_AGX, rtx="1.7.1.116"),
-            "run on compute capabilities 8.0, 8.6, 8.9, 12.0, 12.1, found AGX Orin with 8.7",
+            f"{RTX_GPUS}, found AGX Orin with 8.7",
         ),
         (
             "rtx",
             machine(T4, rtx="1.7.1.116", built_for=13),
-            "run on compute capabilities 8.0, 8.6, 8.9, 12.0, 12.1, found Tesla T4 with 7.5",
+            f"{RTX_GPUS}, found Tesla T4 with 7.5",
+        ),
+        (
+            "rtx",
+            machine(H200, rtx="1.7.1.116", built_for=13, driver="580.159.04"),
+            f"{RTX_GPUS}, found NVIDIA H200 with 9.0",
         ),
         (
             "rtx",

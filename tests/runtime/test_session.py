@@ -279,6 +279,31 @@ def test_cuda_without_a_cuda_build_is_refused_and_says_what_to_install(model_byt
         OnnxSession(model_bytes, device="cuda")
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_what_onnx_runtime_prints_of_missing_cuda_libraries_stays_off_stdout(
+    model_bytes: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stdout are the answers, and a program may read them."""
+    import onnxruntime
+
+    class WithCuda:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(onnxruntime, name)
+
+        def get_available_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", *onnxruntime.get_available_providers()]
+
+        def preload_dlls(self) -> None:
+            sys.stdout.write("Failed to load libcublasLt.so.13\n")
+
+    monkeypatch.setattr("edgebert_runtime.onnx_session.import_onnxruntime", WithCuda)
+    with pytest.raises(DeviceError, match=r"CUDAExecutionProvider.*onnxruntime-gpu\[cuda,cudnn\]"):
+        OnnxSession(model_bytes, device="cuda")
+    said = capsys.readouterr()
+    assert "libcublasLt" in said.err
+    assert not said.out
+
+
 def test_tokens_that_the_model_does_not_have_are_an_error_and_not_an_answer(
     model_bytes: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
