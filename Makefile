@@ -17,9 +17,10 @@ $(VENV)/.installed: constraints.txt pyproject.toml runtime/pyproject.toml
 	@echo "installing into $(VENV): some minutes, about 2 GB with PyTorch's CPU build"
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt \
 	    --build-constraint constraints.txt \
 	    --editable './runtime[cpu,rtx]' --editable '.[cpu,rtx]' --group dev
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # as pip would, but on all cores
 	touch $@
 
 # EXPORT="--junit gate.xml" passes options on.
@@ -27,7 +28,7 @@ export: install
 	$(BIN)/edgebert export "$(RECIPE)" --out "$(OUT)" $(EXPORT)
 
 test: install
-	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term
+	$(BIN)/pytest -n logical --dist worksteal --cov --cov-report=term
 
 lint: install
 	$(BIN)/ruff check .

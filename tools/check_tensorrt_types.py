@@ -68,7 +68,8 @@ def check(module: str, requirement: str, types: Path) -> bool:
         path.write_text(source, encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent",
-             "--no-warn-unused-ignores", "--config-file=", f"--cache-dir={types}/mypy", str(path)],
+             "--no-warn-unused-ignores", "--config-file=", f"--cache-dir={types.parent}/mypy",
+             str(path)],
             env={**os.environ, "MYPYPATH": f"{types}{os.pathsep}{ROOT / 'runtime'}"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -41,9 +42,8 @@ class WarmProcess:
     def __init__(self, status: socket.socket, stderr: IO[str] | None) -> None:
         self.stderr = stderr
         self.returncode: int | None = None
-        self._status = status.makefile(
-            "rb", buffering=0
-        )  # so that what is to come is seen by select
+        # Without a buffer, which ``select`` would not look into.
+        self._status = status.makefile("rb", buffering=0)
         self.pid = int(self._status.readline())
 
     def poll(self) -> int | None:
@@ -69,7 +69,8 @@ class WarmProcess:
     def kill(self) -> None:
         """Ends it as a crash would."""
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class WarmCommand:
