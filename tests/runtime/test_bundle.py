@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from edgebert_runtime import BundleError, Classifier, UsageError
 from edgebert_runtime.bundle import Bundle
+from edgebert_runtime.onnx_session import OnnxSession
 
 MODEL = "models/fp32.onnx"
 LISTED = ("tokenizer.json", MODEL)
@@ -534,6 +535,29 @@ def test_numbers_that_no_model_has_are_refused_and_do_not_overflow(
     edit_manifest(bundle, change)
     with pytest.raises(BundleError), Classifier.load(bundle) as classifier:
         classifier.predict(["short", "one that is longer"])
+
+
+@pytest.mark.parametrize("write", ["in place", "another file"])
+def test_a_model_that_is_written_to_while_it_is_loaded_is_refused(
+    copy_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    # ONNX Runtime reads the file that was hashed a moment before.
+    bundle = copy_bundle()
+    model = bundle / MODEL
+
+    def load(file: Path, **settings: Any) -> OnnxSession:
+        if write == "in place":
+            with model.open("r+b") as stream:
+                stream.write(model.read_bytes()[:1])
+        else:
+            other = model.with_suffix(".new")
+            other.write_bytes(model.read_bytes())
+            other.replace(model)
+        return OnnxSession(file, **settings)
+
+    monkeypatch.setattr("edgebert_runtime.classifier.OnnxSession", load)
+    with pytest.raises(BundleError, match=f"{MODEL} was written to while it was loaded"):
+        Classifier.load(bundle, device="cpu")
 
 
 def test_weights_outside_the_bundle_are_never_loaded(
