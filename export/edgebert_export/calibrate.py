@@ -188,9 +188,6 @@ def second_moments(
     Returns:
         By the activation's name, the sum over all tokens of the products of each two channels,
         ``float32[channels, channels]``.
-
-    Raises:
-        DataError: An activation is not finite.
     """
     found: dict[str, NDArray[np.float32]] = {}
     for name, values, _ in _watch(model, operands, rows, encoder):

@@ -42,9 +42,6 @@ def round_layers(
 
     Returns:
         By the weight's name, ``int8[in, out]`` steps of the scales of ``quantise_weight``.
-
-    Raises:
-        DataError: An activation is not finite.
     """
     found: dict[str, NDArray[np.int8]] = {}
     for group in _groups(model, [product for product in products if product.kind == "linear"]):
@@ -70,11 +67,11 @@ def round_weight(weight: NDArray[np.float32], moments: NDArray[np.float32]) -> N
         ``int8[in, out]`` from -127 to 127.
     """
     nearest, scales = quantise_weight(weight, 1)
-    upper = _inverse_factor(moments)
-    if upper is None:
+    if not moments.any():
         return nearest
     # The largest channels first: their errors have the most others left to be made up in.
     order = np.argsort(-moments.diagonal(), kind="stable")
+    upper = _inverse_factor(moments[np.ix_(order, order)])
     left = weight[order].astype(np.float64)
     steps = np.empty(weight.shape, dtype=np.int8)
     for start in range(0, len(left), _BLOCK):
@@ -91,17 +88,10 @@ def round_weight(weight: NDArray[np.float32], moments: NDArray[np.float32]) -> N
     return np.where(better, steps, nearest)
 
 
-def _inverse_factor(moments: NDArray[np.float32]) -> NDArray[np.float64] | None:
-    """Upper factor of the inverse of the damped moments, in the order of rounding.
-
-    ``None`` if they have none, because no channel ever was other than 0.
-    """
-    order = np.argsort(-moments.diagonal(), kind="stable")
-    damped = moments[np.ix_(order, order)].astype(np.float64)
-    mean = float(damped.diagonal().mean())
-    if not mean > 0:
-        return None
-    damped[np.diag_indices_from(damped)] += _DAMPING * mean
+def _inverse_factor(moments: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Upper Cholesky factor of the inverse of the damped moments, ``float64[in, in]``."""
+    damped = moments.astype(np.float64)
+    damped[np.diag_indices_from(damped)] += _DAMPING * damped.diagonal().mean()
     factor: NDArray[np.float64] = np.linalg.cholesky(np.linalg.inv(damped)).T
     return factor
 
