@@ -127,7 +127,7 @@ def fit(
         first=first,
         given_back=tuple(
             GivenBack(layer=layer, fidelity=fidelity)
-            for layer, fidelity in zip(given_back, tried[1:], strict=False)
+            for layer, fidelity in zip(given_back, tried[1 : taken + 1], strict=True)
         ),
         sensitivity=tuple(damages),
     )

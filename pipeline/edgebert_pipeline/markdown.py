@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from edgebert_pipeline.parts import Cell, Facts, Grid, Heading, Notice, Part, Section, Table
 
-__all__ = ["cell", "render_document", "render_parts", "render_sections", "table"]
+__all__ = ["cell", "render_document", "render_parts", "table"]
 
 
 _MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
@@ -55,16 +55,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def render_document(title: str, lead: Sequence[Part], sections: Sequence[Section]) -> str:
-    """Returns a whole document as Markdown: the counterpart of ``page.render_page``."""
-    parts = [f"# {cell(title)}", render_parts(lead), render_sections(sections)]
+    """Returns a whole document as Markdown, all but charts and what is folded away.
+
+    The counterpart of ``page.render_page``.
+    """
+    parts = [f"# {cell(title)}", render_parts(lead)]
+    parts += [f"## {cell(section.title)}\n\n{render_parts(section.parts)}" for section in sections]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def render_sections(sections: Sequence[Section]) -> str:
-    """Returns sections as Markdown: all but charts and what is folded away."""
-    return "\n\n".join(
-        f"## {cell(section.title)}\n\n{render_parts(section.parts)}" for section in sections
-    )
 
 
 def render_parts(parts: Sequence[Part]) -> str:
