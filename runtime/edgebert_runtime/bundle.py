@@ -7,6 +7,8 @@ large, is handed out by its place: once it is loaded, ``check_unchanged`` says t
 
 This guards against damage and mix-ups. It does not prove who made the bundle: someone who can
 write to it can also write new hashes.
+
+Paths are strings here and in what else every start runs: importing ``pathlib`` would slow it.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from edgebert_runtime.errors import BundleError
-from edgebert_runtime.manifest import Manifest, decode_manifest
+from edgebert_runtime.manifest import FileEntry, Manifest, decode_manifest
 
 if TYPE_CHECKING:
     import io
     import tarfile
+    from pathlib import Path
 
 __all__ = ["MANIFEST", "MANIFEST_HASH", "Bundle"]
 
@@ -31,7 +35,7 @@ MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 _MANIFEST_LIMIT_BYTES = 16 * 1024 * 1024
 # Large, as each chunk waits twice for the interpreter's lock when another thread is at work.
-_CHUNK_BYTES = 8 * 1024 * 1024
+_CHUNK_BYTES = 32 * 1024 * 1024
 
 
 class _Storage(Protocol):
@@ -41,7 +45,7 @@ class _Storage(Protocol):
     files lie in as such, if they do.
     """
 
-    root: Path | None
+    root: str | None
     sizes: dict[str, int]
     stamps: tuple[object, ...]
 
@@ -51,22 +55,22 @@ class _Storage(Protocol):
 class _Directory:
     """A bundle laid out as a directory."""
 
-    def __init__(self, root: Path) -> None:
-        self.root: Path | None = root
+    def __init__(self, root: str) -> None:
+        self.root: str | None = root
         found = dict(sorted(self._walk(root, "")))
         self.sizes = {path: state.st_size for path, state in found.items()}
         self.stamps: tuple[object, ...] = tuple(
             (path, *_stamp(state)) for path, state in found.items()
         )
 
-    def _walk(self, directory: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    def _walk(self, directory: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
         with os.scandir(directory) as entries:
             for entry in entries:
                 path = prefix + entry.name
                 state = entry.stat(follow_symlinks=False)
                 mode = state.st_mode
                 if stat.S_ISDIR(mode):
-                    yield from self._walk(Path(entry.path), path + "/")
+                    yield from self._walk(entry.path, path + "/")
                 elif stat.S_ISREG(mode):
                     yield path, state
                 else:
@@ -86,23 +90,23 @@ def _stamp(state: os.stat_result) -> tuple[int, ...]:
 class _Tar:
     """A bundle packed as one uncompressed tar file; nothing is unpacked to disk."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         import tarfile  # brings half of the standard library, and most bundles are directories
 
-        self.root: Path | None = None
+        self.root: str | None = None
         self._path = path
         self._members: dict[str, tarfile.TarInfo] = {}
         try:
             with tarfile.open(path, mode="r:") as archive:
                 self._add_members(archive)
         except (tarfile.TarError, OverflowError, ValueError) as exc:
-            with path.open("rb") as stream:
+            with open(path, "rb") as stream:
                 packed = "; it is gzip: gunzip it first" if stream.read(2) == b"\x1f\x8b" else ""
             raise BundleError(
                 f"{path} is neither a bundle directory nor a whole uncompressed .tar: {exc}{packed}"
             ) from exc
         self._strip_top_directory()
-        self.stamps: tuple[object, ...] = _stamp(path.stat())
+        self.stamps: tuple[object, ...] = _stamp(os.stat(path))
         self.sizes = {name: member.size for name, member in self._members.items()}
 
     def _strip_top_directory(self) -> None:
@@ -134,20 +138,19 @@ class Bundle:
     """A bundle whose layout has been checked; files are hashed when they are read.
 
     Attributes:
-        path: As given to ``open``.
         manifest: The decoded manifest.
         digest: SHA-256 of ``manifest.json``; it names this bundle and every byte in it.
         stamps: Where and when each file was written; differs once one was written to.
     """
 
-    def __init__(self, path: Path, storage: _Storage, manifest: Manifest, digest: str) -> None:
-        self.path = path
+    def __init__(self, root: str, storage: _Storage, manifest: Manifest, digest: str) -> None:
+        self._root = root
         self.manifest = manifest
         self.digest = digest
         self.stamps = storage.stamps
         self._storage = storage
         self._entries = {entry.path: entry for entry in manifest.files}
-        self._hashed: dict[str, tuple[int, ...]] = {}
+        self._hashed: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -156,17 +159,17 @@ class Bundle:
         Raises:
             BundleError: There is no bundle, or it is not exactly what its manifest says.
         """
-        root = Path(path)
+        root = os.fsdecode(path) or os.curdir
         storage: _Storage
         try:
-            if root.is_dir():
-                if not (root / MANIFEST).exists():
-                    hint = "; did you mean its bundle/?" if (root / "bundle").is_dir() else ""
+            if os.path.isdir(root):
+                if not os.path.exists(f"{root}/{MANIFEST}"):
+                    hint = "; did you mean its bundle/?" if os.path.isdir(f"{root}/bundle") else ""
                     raise BundleError(f"{root}: {MANIFEST} is missing; this is no bundle{hint}")
                 storage = _Directory(root)
-            elif root.is_file():
+            elif os.path.isfile(root):
                 storage = _Tar(root)
-            elif root.exists():
+            elif os.path.exists(root):
                 raise BundleError(f"{root} is neither a directory nor a file")
             else:
                 raise BundleError(f"{root}: there is no bundle there")
@@ -177,20 +180,27 @@ class Bundle:
         bundle._check_listing()
         return bundle
 
+    @property
+    def path(self) -> Path:
+        """Where it lies, as given to ``open``."""
+        from pathlib import Path
+
+        return Path(self._root)
+
     def _check_listing(self) -> None:
         found = self._storage.sizes
         for entry in self.manifest.files:
             if entry.path not in found:
-                raise BundleError(f"{self.path}: {entry.path} is missing; copy the bundle again")
+                raise BundleError(f"{self._root}: {entry.path} is missing; copy the bundle again")
             if found[entry.path] != entry.size_bytes:
                 raise BundleError(
-                    f"{self.path}: {entry.path} has {found[entry.path]} bytes where the manifest "
+                    f"{self._root}: {entry.path} has {found[entry.path]} bytes where the manifest "
                     f"says {entry.size_bytes}; copy the bundle again"
                 )
         extra = sorted(found.keys() - self._entries.keys() - {MANIFEST, MANIFEST_HASH})
         if extra:
             raise BundleError(
-                f"{self.path}: {extra[0]} is not listed in the manifest; remove it, or keep "
+                f"{self._root}: {extra[0]} is not listed in the manifest; remove it, or keep "
                 "your own files outside the bundle"
             )
 
@@ -200,18 +210,16 @@ class Bundle:
         Raises:
             BundleError: The file is not listed, cannot be read, or has other bytes.
         """
-        entry = self._entries.get(path)
-        if entry is None:
-            raise BundleError(f"{self.path}: {path} is not listed in the manifest")
+        entry = self._entry(path)
         try:
             with self._storage.open(path) as stream:
                 data = stream.read(entry.size_bytes)
         except OSError as exc:
-            raise BundleError(f"{self.path}: {path} cannot be read: {exc}") from exc
+            raise BundleError(f"{self._root}: {path} cannot be read: {exc}") from exc
         self._check_hash(path, hashlib.sha256(data).hexdigest())
         return data
 
-    def read_model(self, path: str) -> bytes | Path:
+    def read_model(self, path: str) -> bytes | str:
         """Checks the hash of one listed file, and returns where it lies, or its bytes in a tar.
 
         What is given the place reads the file again: call ``check_unchanged`` afterwards.
@@ -221,9 +229,10 @@ class Bundle:
         """
         if self._storage.root is None:
             return self.read(path)
-        place = self._storage.root / path
-        self._hashed[path] = self._stamp_of(place)
-        self.read(path)  # at one go: in parts, each would wait for the interpreter's lock
+        entry = self._entry(path)
+        place = f"{self._storage.root}/{path}"
+        self._hashed[path] = place, self._stamp_of(place)
+        self._check_bytes(entry, _buffer(entry.size_bytes))
         return place
 
     def check_unchanged(self, path: str) -> None:
@@ -232,15 +241,15 @@ class Bundle:
         Raises:
             BundleError: It was.
         """
-        hashed = self._hashed.get(path)
-        if hashed and self._storage.root and hashed != self._stamp_of(self._storage.root / path):
-            raise BundleError(f"{self.path}: {path} was written to while it was loaded; try again")
+        place, stamp = self._hashed.get(path, ("", ()))
+        if place and stamp != self._stamp_of(place):
+            raise BundleError(f"{self._root}: {path} was written to while it was loaded; try again")
 
-    def _stamp_of(self, place: Path) -> tuple[int, ...]:
+    def _stamp_of(self, place: str) -> tuple[int, ...]:
         try:
             return _stamp(os.lstat(place))
         except OSError as exc:
-            raise BundleError(f"{self.path}: {place} cannot be read: {exc}") from exc
+            raise BundleError(f"{self._root}: {place} cannot be read: {exc}") from exc
 
     def verify(self) -> None:
         """Hashes every listed file.
@@ -248,29 +257,46 @@ class Bundle:
         Raises:
             BundleError: A file has other bytes than the manifest says.
         """
-        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        buffer = _buffer(max(entry.size_bytes for entry in self.manifest.files))
         for entry in self.manifest.files:
-            digest = hashlib.sha256()
-            left = entry.size_bytes
-            try:
-                with self._storage.open(entry.path) as stream:
-                    while left and (count := stream.readinto(buffer[: min(_CHUNK_BYTES, left)])):
-                        digest.update(buffer[:count])
-                        left -= count
-            except OSError as exc:
-                raise BundleError(f"{self.path}: {entry.path} cannot be read: {exc}") from exc
-            self._check_hash(entry.path, digest.hexdigest())
+            self._check_bytes(entry, buffer)
+
+    def _check_bytes(self, entry: FileEntry, buffer: memoryview) -> None:
+        """Hashes a file through ``buffer``."""
+        digest = hashlib.sha256()
+        left = entry.size_bytes
+        try:
+            with self._storage.open(entry.path) as stream:
+                while left and (count := stream.readinto(buffer[:left])):
+                    digest.update(buffer[:count])
+                    left -= count
+        except OSError as exc:
+            raise BundleError(f"{self._root}: {entry.path} cannot be read: {exc}") from exc
+        self._check_hash(entry.path, digest.hexdigest())
+
+    def _entry(self, path: str) -> FileEntry:
+        if path not in self._entries:
+            raise BundleError(f"{self._root}: {path} is not listed in the manifest")
+        return self._entries[path]
 
     def _check_hash(self, path: str, found: str) -> None:
         expected = self._entries[path].sha256
         if found != expected:
             raise BundleError(
-                f"{self.path}: {path} was altered (sha256 {found[:12]}…, the manifest says "
+                f"{self._root}: {path} was altered (sha256 {found[:12]}…, the manifest says "
                 f"{expected[:12]}…); copy the bundle again"
             )
 
 
-def _read_manifest(root: Path, storage: _Storage) -> tuple[Manifest, str]:
+def _buffer(size_bytes: int) -> memoryview:
+    """Room to read a file into, some of it at a time if it is large.
+
+    Of numpy, which asks for huge pages: a fault for every 4 KiB takes as long as hashing them.
+    """
+    return np.empty(min(size_bytes, _CHUNK_BYTES), np.uint8).data
+
+
+def _read_manifest(root: str, storage: _Storage) -> tuple[Manifest, str]:
     """Reads the manifest and compares it with ``manifest.sha256``, byte for byte."""
     for name in (MANIFEST, MANIFEST_HASH):
         if name not in storage.sizes:
@@ -288,4 +314,4 @@ def _read_manifest(root: Path, storage: _Storage) -> tuple[Manifest, str]:
             f"{root}: {MANIFEST} does not match {MANIFEST_HASH}; the bundle was altered or is "
             "only partly copied: copy it again"
         )
-    return decode_manifest(data, str(root)), digest
+    return decode_manifest(data, root), digest

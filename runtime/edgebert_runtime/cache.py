@@ -12,9 +12,12 @@ import hashlib
 import os
 import sys
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgebert_runtime.bundle import Bundle
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["cache_dir", "is_known_whole", "remember_whole", "write_whole"]
 
@@ -22,20 +25,33 @@ _MOST_REMEMBERED = 256
 
 
 def cache_dir() -> Path:
-    """Where edgebert keeps what it can make again; ``EDGEBERT_CACHE_DIR`` overrides the place."""
+    """Where edgebert keeps what it can make again; ``EDGEBERT_CACHE_DIR`` overrides the place.
+
+    Raises ``RuntimeError`` for a user without a home directory.
+    """
+    from pathlib import Path
+
+    return Path(_cache_dir())
+
+
+def _cache_dir() -> str:
     override = os.environ.get("EDGEBERT_CACHE_DIR")
     if override:
-        return Path(override)
+        return override
     if sys.platform == "linux":  # as platformdirs does, whose import would slow every start
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgebert"
+        kept = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if kept.startswith("~"):
+            raise RuntimeError("this user has no home directory")
+        return f"{kept}/edgebert"
     import platformdirs
 
-    return platformdirs.user_cache_path("edgebert")
+    return platformdirs.user_cache_dir("edgebert")
 
 
 def write_whole(path: Path, *parts: bytes) -> None:
     """Writes a file so that others find all of it or what was there before. Raises ``OSError``."""
     import tempfile  # few starts write anything
+    from pathlib import Path
 
     handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
     try:
@@ -51,7 +67,7 @@ def write_whole(path: Path, *parts: bytes) -> None:
 def is_known_whole(bundle: Bundle) -> bool:
     """Whether every byte of ``bundle`` was checked, and no file was written to since then."""
     try:
-        return _mark(bundle).is_file()
+        return os.path.isfile(_mark(bundle))
     except (OSError, RuntimeError):  # no home directory, or none that may be read
         return False
 
@@ -59,7 +75,9 @@ def is_known_whole(bundle: Bundle) -> bool:
 def remember_whole(bundle: Bundle) -> None:
     """Notes that every byte of ``bundle`` was checked; does nothing where nothing can be kept."""
     try:
-        mark = _mark(bundle)
+        from pathlib import Path
+
+        mark = Path(_mark(bundle))
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         marks = sorted(mark.parent.iterdir(), key=lambda path: path.stat().st_mtime)
@@ -69,6 +87,6 @@ def remember_whole(bundle: Bundle) -> None:
         return
 
 
-def _mark(bundle: Bundle) -> Path:
+def _mark(bundle: Bundle) -> str:
     state = repr((bundle.digest, bundle.stamps)).encode()
-    return cache_dir() / "whole" / hashlib.sha256(state).hexdigest()
+    return f"{_cache_dir()}/whole/{hashlib.sha256(state).hexdigest()}"

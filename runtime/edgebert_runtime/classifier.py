@@ -241,14 +241,18 @@ class Classifier:
         for reason in choice.faults:
             _warn("running %s on %s: %s", choice.variant.name, choice.device, reason)
 
-        encoder = encoder_for(bundle)
+        # The tokenizer is read while a session starts, and not while Python is needed for that.
+        may_encode = threading.Event()
+        encoder = _Background(lambda: encoder_for(bundle), after=may_encode)
 
         def start(chosen: Choice) -> Session:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
                 return _start_engine(bundle, chosen, facts, on_progress)
             path = chosen.variant.model
             file = model.result() if model and path == likely else bundle.read_model(path)
-            session = OnnxSession(file, device=chosen.device, intra_op_threads=cores)
+            session = OnnxSession(
+                file, device=chosen.device, intra_op_threads=cores, on_parsed=may_encode.set
+            )
             bundle.check_unchanged(path)
             _check_belongs(session, bundle)
             return session
@@ -270,21 +274,26 @@ class Classifier:
                 failed=failed,
             )
 
-        session, choice = _start_session(choice, start, choose_again if device == "auto" else None)
-        if rest is not None:
-            try:
+        again = choose_again if device == "auto" else None
+        try:
+            session, choice = _start_session(choice, start, again)
+        finally:
+            may_encode.set()
+        try:
+            if rest is not None:
                 rest.result()
-            except BaseException:
-                session.close()
-                raise
-            remember_whole(bundle)
+                remember_whole(bundle)
+            text_encoder = encoder.result()
+        except BaseException:
+            session.close()
+            raise
         on_cpu = choice.device == "cpu"
         measured = tuning is not None and tuning.variant == choice.variant.name
         settings = CpuSettings.of(tuning if measured else None)
         by_core = on_cpu and cores > 1 and settings.by_core
         return cls(
             session,
-            encoder,
+            text_encoder,
             bundle.manifest.task,
             batch_size=batch_size,
             batch_tokens=settings.batch_tokens if on_cpu else None,
@@ -528,16 +537,19 @@ def encoder_for(bundle: Bundle) -> TextEncoder:
 
 
 class _Background(threading.Thread, Generic[_T]):
-    """Calls a function in a thread of its own."""
+    """Calls a function in a thread of its own, ``after`` another thread says so."""
 
-    def __init__(self, function: Callable[[], _T]) -> None:
+    def __init__(self, function: Callable[[], _T], after: threading.Event | None = None) -> None:
         super().__init__(daemon=True)
         self._function = function
+        self._after = after
         self._found: _T
         self._fault: Exception | None = None
         self.start()
 
     def run(self) -> None:
+        if self._after is not None:
+            self._after.wait()
         try:
             self._found = self._function()
         except Exception as exc:

@@ -12,7 +12,6 @@ import platform
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -182,14 +181,14 @@ def import_onnxruntime() -> Any:
 
 
 def gather_facts(
-    device: str = "auto", *, look_for_gpu: bool = False, root: Path = Path("/")
+    device: str = "auto", *, look_for_gpu: bool = False, root: str = ""
 ) -> DeviceFacts:
     """Looks at this machine.
 
     Args:
         device: What the facts are for: for ``cpu`` and ``cuda``, nobody looks for TensorRT.
         look_for_gpu: Whether to look for the GPU even if no TensorRT is there to run on it.
-        root: Where the system's files are.
+        root: What stands before the ``/`` of the system's files.
     """
     found = _distributions()
     providers: tuple[str, ...] = ()
@@ -278,26 +277,26 @@ def gpu_facts(cuda: Any) -> GpuFacts:
     )
 
 
-def _driver_version(root: Path) -> str | None:
+def _driver_version(root: str) -> str | None:
     """Reads the driver's version from the kernel module, if that is loaded."""
-    text = _read(root / "proc/driver/nvidia/version")
+    text = _read(f"{root}/proc/driver/nvidia/version")
     match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
     return match[1] if match else None
 
 
-def _jetson(root: Path) -> Jetson | None:
+def _jetson(root: str) -> Jetson | None:
     """Reads what ``/etc/nv_tegra_release`` and the power mode's files say."""
     match = re.search(
-        r"R(\d+) \(release\), REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release")
+        r"R(\d+) \(release\), REVISION: ([\d.]+)", _read(f"{root}/etc/nv_tegra_release")
     )
     if not match:
         return None
     mode = None
-    number = re.search(r"pmode:(\d+)", _read(root / "var/lib/nvpmodel/status"))
+    number = re.search(r"pmode:(\d+)", _read(f"{root}/var/lib/nvpmodel/status"))
     if number:
         mode = str(int(number[1]))
         names = re.findall(
-            r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", _read(root / "etc/nvpmodel.conf")
+            r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", _read(f"{root}/etc/nvpmodel.conf")
         )
         mode = dict(names).get(mode, mode)
     return Jetson(
@@ -305,14 +304,15 @@ def _jetson(root: Path) -> Jetson | None:
     )
 
 
-def _memory_bytes(root: Path) -> int | None:
-    match = re.search(r"MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo"))
+def _memory_bytes(root: str) -> int | None:
+    match = re.search(r"MemTotal:\s+(\d+) kB", _read(f"{root}/proc/meminfo"))
     return int(match[1]) * 1024 if match else None
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
     except OSError:
         return ""
 

@@ -14,8 +14,7 @@ from edgebert_runtime.processor import int8_products_saturate
 from edgebert_runtime.session import Inputs, Outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -40,6 +39,8 @@ class OnnxSession:
             used as they are, and not copied.
         simulated: Whether ``model`` holds Q/DQ for TensorRT, which is to be computed as it is
             written, and not in a CPU's 8-bit kernels.
+        on_parsed: Called once the model is parsed. What is left, half the time or more, is done
+            without the interpreter's lock, so that other threads can run Python meanwhile.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
@@ -49,12 +50,13 @@ class OnnxSession:
 
     def __init__(
         self,
-        model: bytes | Path,
+        model: bytes | str,
         *,
         device: Literal["cpu", "cuda"] = "cpu",
         intra_op_threads: int | None = None,
         weights: Mapping[str, NDArray[Any]] | None = None,
         simulated: bool = False,
+        on_parsed: Callable[[], object] = lambda: None,
     ) -> None:
         ort = import_onnxruntime()
         provider = _PROVIDERS[device]
@@ -71,7 +73,8 @@ class OnnxSession:
         # ONNX Runtime reads any that a model names, unless it is given bytes.
         version = [int(part) for part in ort.__version__.split(".")[:2]]
         if not isinstance(model, bytes) and version < [1, 24]:
-            model = model.read_bytes()
+            with open(model, "rb") as file:
+                model = file.read()
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", os.devnull
         )
@@ -81,6 +84,9 @@ class OnnxSession:
             # The answers would depend on the processor. Where they do not, this would cost half
             # of the speed (docs/decisions/0016).
             options.add_session_config_entry("session.x64quantprecision", "1")
+        # So long do idle threads look for work before they sleep: longer than from one operator to
+        # the next, or from one text to the next of a caller who has many (decision 0023).
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
         if intra_op_threads is not None:
             options.intra_op_num_threads = intra_op_threads
         if weights:
@@ -88,7 +94,10 @@ class OnnxSession:
             options.add_external_initializers(list(weights), values)
         try:
             session = ort.InferenceSession(
-                model, options, providers=[provider], disabled_optimizers=SLOWER_FUSED[device]
+                model,
+                options,
+                providers=[provider],
+                disabled_optimizers=_then(SLOWER_FUSED[device], on_parsed),
             )
         except Exception as exc:
             if device == "cpu":
@@ -130,6 +139,12 @@ class OnnxSession:
     def close(self) -> None:
         """Frees the model; see ``Session.close``."""
         self._session = None
+
+
+def _then(names: list[str], call: Callable[[], object]) -> Iterator[str]:
+    """Yields names of fusions, which a session reads once it has parsed the model, then calls."""
+    yield from names
+    call()
 
 
 def _preload_cuda(ort: Any) -> None:

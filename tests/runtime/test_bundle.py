@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgebert_runtime import BundleError, Classifier, UsageError
+from edgebert_runtime import BundleError, Classifier, DeviceError, UsageError
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.onnx_session import OnnxSession
 
@@ -504,6 +505,35 @@ def test_a_listed_file_that_is_not_what_it_should_be_is_refused_at_loading(
         Classifier.load(bundle)
 
 
+@pytest.mark.parametrize("path", LISTED)
+def test_a_load_that_fails_leaves_no_thread_and_no_session(
+    copy_bundle: Callable[..., Path],
+    replace_file: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+) -> None:
+    # Model and tokenizer are read side by side; whichever is at fault, nothing waits for ever.
+    bundle = copy_bundle()
+    replace_file(bundle, path, b"neither a model nor a tokenizer")
+    sessions: list[OnnxSession] = []
+
+    def start(*args: Any, **settings: Any) -> OnnxSession:
+        sessions.append(OnnxSession(*args, **settings))
+        return sessions[-1]
+
+    monkeypatch.setattr("edgebert_runtime.classifier.OnnxSession", start)
+    before = set(threading.enumerate())
+    with pytest.raises(BundleError):
+        Classifier.load(bundle, device="cpu")
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert len(sessions) == (path != MODEL)
+    for session in sessions:
+        with pytest.raises(DeviceError, match="closed"):
+            session.run({})
+
+
 @pytest.mark.parametrize("labels", [["a", "b", "c"], ["a", "b", "c", "d"]])
 def test_labels_that_do_not_fit_the_model_are_a_users_error_and_not_a_traceback(
     copy_bundle: Callable[..., Path], edit_manifest: Callable[..., None], labels: list[str]
@@ -545,7 +575,7 @@ def test_a_model_that_is_written_to_while_it_is_loaded_is_refused(
     bundle = copy_bundle()
     model = bundle / MODEL
 
-    def load(file: Path, **settings: Any) -> OnnxSession:
+    def load(file: str, **settings: Any) -> OnnxSession:
         if write == "in place":
             with model.open("r+b") as stream:
                 stream.write(model.read_bytes()[:1])

@@ -36,7 +36,7 @@ def test_a_jetson_says_its_release_and_power_mode(tmp_path: Path) -> None:
         proc__meminfo="MemTotal:        7802096 kB\nMemAvailable:    1 kB\n",
     )
     (root / "etc" / "nvpmodel.conf").write_text(CONFIGURATION)
-    facts = gather_facts("cpu", root=root)
+    facts = gather_facts("cpu", root=str(root))
     assert facts.jetson is not None
     assert (facts.jetson.release, facts.jetson.jetpack) == ("36.4.3", "6")
     assert facts.jetson.power_mode == "15W"
@@ -48,13 +48,13 @@ def test_a_jetson_says_its_release_and_power_mode(tmp_path: Path) -> None:
     [("R38 (release), REVISION: 2.0,", "7"), ("R99 (release), REVISION: 1.0,", None)],
 )
 def test_a_jetson_without_power_modes(tmp_path: Path, release: str, jetpack: str | None) -> None:
-    facts = gather_facts("cpu", root=system_of(tmp_path, etc__nv_tegra_release=f"# {release}"))
+    facts = gather_facts("cpu", root=str(system_of(tmp_path, etc__nv_tegra_release=f"# {release}")))
     assert facts.jetson is not None and facts.jetson.jetpack == jetpack
     assert facts.jetson.power_mode is None
 
 
 def test_a_machine_that_is_no_jetson(tmp_path: Path) -> None:
-    facts = gather_facts("cpu", root=tmp_path)
+    facts = gather_facts("cpu", root=str(tmp_path))
     assert facts.jetson is None and facts.driver is None and facts.memory_bytes is None
 
 
@@ -71,7 +71,7 @@ def test_the_drivers_version_is_read_from_the_kernel(
     place = tmp_path / "proc" / "driver" / "nvidia"
     place.mkdir(parents=True)
     (place / "version").write_text(text)
-    assert gather_facts("cpu", root=tmp_path).driver == version
+    assert gather_facts("cpu", root=str(tmp_path)).driver == version
 
 
 def test_a_gpu_is_described_as_its_driver_does() -> None:

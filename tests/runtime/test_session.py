@@ -265,6 +265,16 @@ def test_bytes_that_are_no_model_are_refused(data: bytes) -> None:
         OnnxSession(data)
 
 
+def test_who_waits_for_the_model_to_be_parsed_is_called_once(model_bytes: bytes) -> None:
+    calls: list[str] = []
+    session = OnnxSession(model_bytes, on_parsed=lambda: calls.append("parsed"))
+    assert calls == ["parsed"]
+    assert session.run(make_batch(2, 4))["logits"].shape[0] == 2
+    with pytest.raises(BundleError):
+        OnnxSession(b"no model", on_parsed=lambda: calls.append("not parsed"))
+    assert calls == ["parsed"]
+
+
 def test_a_model_that_was_cut_off_is_refused(model_bytes: bytes) -> None:
     with pytest.raises(BundleError, match="cannot load the model"):
         OnnxSession(model_bytes[: len(model_bytes) // 2])
