@@ -66,14 +66,15 @@ class Answers:
     def of(cls, classifier: Classifier, examples: Sequence[Example]) -> Answers:
         """Asks a classifier, which must not have been asked before: its statistics are read."""
         task = classifier.task
-        scores = classifier.scores([example.text for example in examples])
+        logits = classifier.logits([example.text for example in examples])
         index = {label: column for column, label in enumerate(task.labels)}
         truth = np.zeros((len(examples), len(task.labels)), dtype=bool)
         given = np.zeros_like(truth)
-        predictions = classifier.predictions(scores)
+        predictions = classifier.predictions(logits)
         for row, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
             truth[row, list(example.labels)] = True
             given[row, [index[label] for label in prediction.labels]] = True
+        scores = classifier.probabilities(logits)
         return cls(task, given, truth, scores, classifier.stats.truncated)
 
     @property

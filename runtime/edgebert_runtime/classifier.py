@@ -25,7 +25,7 @@ from edgebert_runtime.errors import BundleError, DeviceError, EdgebertError, Inp
 from edgebert_runtime.manifest import Manifest, Task, Tuning
 from edgebert_runtime.onnx_session import OnnxSession
 from edgebert_runtime.processor import processor_kind, usable_cores
-from edgebert_runtime.session import Session
+from edgebert_runtime.session import Inputs, Session
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +43,7 @@ _CHUNK_TEXTS = 1024
 """Texts that are tokenised and sorted by length at a time, so that memory stays bounded."""
 _ANY = sys.maxsize
 _MOST_ROWS = 4096
+_MOST_UNCOUNTED = 4096
 
 
 class CpuSettings(NamedTuple):
@@ -81,10 +82,10 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """What a classifier has done since it was loaded.
+    """What a classifier has given to its model since it was loaded.
 
     Attributes:
-        texts: Texts answered.
+        texts: Texts.
         truncated: Of these, how many were cut to the model's ``max_length``.
         batches: Calls of the model.
     """
@@ -158,6 +159,9 @@ class Classifier:
         self.digest = digest
         self._session = session
         self._encoder = encoder
+        self._columns = len(task.labels)
+        answer = _single_label if task.thresholds is None else _multi_label
+        self._prediction = functools.partial(answer, task)
         self.batch_size = batch_size
         self._cut = functools.partial(
             by_length,
@@ -170,6 +174,7 @@ class Classifier:
         self._worker_session: Session | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
+        self._given: deque[tuple[int, int]] = deque()  # of each call: its rows, and those cut
         self._texts = self._truncated = self._batches = 0
         self._counting = threading.Lock()
         self._starting = threading.Lock()
@@ -241,9 +246,7 @@ class Classifier:
         for reason in choice.faults:
             _warn("running %s on %s: %s", choice.variant.name, choice.device, reason)
 
-        # The tokenizer is read while a session starts, and not while Python is needed for that.
         may_encode = threading.Event()
-        encoder = _Background(lambda: encoder_for(bundle), after=may_encode)
 
         def start(chosen: Choice) -> Session:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
@@ -275,6 +278,8 @@ class Classifier:
             )
 
         again = choose_again if device == "auto" else None
+        # The tokenizer is read while a session starts, and not while Python is needed for that.
+        encoder = _Background(lambda: encoder_for(bundle), after=may_encode)
         try:
             session, choice = _start_session(choice, start, again)
         finally:
@@ -316,11 +321,15 @@ class Classifier:
             InputError: A text is not what the task takes.
             DeviceError: The backend failed, or the classifier is closed.
         """
-        return [self._prediction(scores) for scores in self._probabilities(self.logits(texts))]
+        return self.predictions(self.logits(texts))
 
-    def predictions(self, scores: NDArray[np.float32]) -> list[Prediction]:
-        """Returns what rows of ``scores`` say: ``predict`` for who needs the scores, too."""
-        return [self._prediction(row) for row in scores.tolist()]
+    def predictions(self, logits: NDArray[np.float32]) -> list[Prediction]:
+        """Returns what each row of the model's raw outputs, ``float32[rows, labels]``, says.
+
+        Without numpy: after a call of the model, what numpy needs for a handful of numbers is in
+        no cache of the processor, and takes longer than this (``benchmarks/single_text.py``).
+        """
+        return [self._prediction(row) for row in logits.tolist()]
 
     def scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         """Returns probabilities, ``float32[len(texts), labels]``, in the order of ``texts``.
@@ -328,8 +337,13 @@ class Classifier:
         Rows sum to 1 in a ``single_label`` task; each entry stands alone in ``multi_label``.
         Raises what ``predict`` raises.
         """
-        found = self._probabilities(self.logits(texts))
-        return np.array(found, dtype=np.float32).reshape(-1, len(self.task.labels))
+        return self.probabilities(self.logits(texts))
+
+    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns the scores that raw outputs make; both are ``float32[rows, labels]``."""
+        of_row = _softmax if self.task.thresholds is None else _sigmoid
+        found = np.array([of_row(row) for row in logits.tolist()], dtype=np.float32)
+        return found.reshape(logits.shape)
 
     def logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         """Returns the model's raw outputs, ``float32[len(texts), labels]``, in order.
@@ -338,18 +352,25 @@ class Classifier:
         """
         if isinstance(texts, str):
             raise InputError("give a list of texts, not one string: [text]")
-        if not hasattr(texts, "__len__"):
-            raise InputError(f"give a list of texts, not a {type(texts).__name__}")
-        if 0 < len(texts) <= self.batch_size:
+        try:
+            count = len(texts)
+        except TypeError as exc:
+            raise InputError(f"give a list of texts, not a {type(texts).__name__}") from exc
+        if count == 1 and self._gatherer is None:
+            (text,) = texts
+            inputs, truncated = self._encoder.encode_one(text)
+            return self._run(self._session, inputs, 1, truncated)
+        if 0 < count <= self.batch_size:
             rows = self._encoder.encode(texts)
             if self._gatherer is not None:
                 return np.stack(self._gatherer.logits(rows))
-            if len(rows) == 1 or len(batches := self._cut(rows)) == 1:
+            batches = self._cut(rows)
+            if len(batches) == 1:
                 return self._compute(rows, self._session)
             return self._collected(self._started(rows, batches))
-        starts = range(0, len(texts), _CHUNK_TEXTS)
+        starts = range(0, count, _CHUNK_TEXTS)
         chunks = self._encoded(texts[start : start + _CHUNK_TEXTS] for start in starts)
-        logits = np.empty((len(texts), len(self.task.labels)), dtype=np.float32)
+        logits = np.empty((count, self._columns), dtype=np.float32)
         for start, found in zip(starts, self._by_chunk(chunks), strict=True):
             logits[start : start + len(found)] = found
         return logits
@@ -373,7 +394,7 @@ class Classifier:
         source = iter(texts)
         chunks = iter(lambda: list(itertools.islice(source, chunk_size)), [])
         for logits in self._by_chunk(self._encoded(chunks)):
-            yield from map(self._prediction, self._probabilities(logits))
+            yield from self.predictions(logits)
 
     def _encoded(self, chunks: Iterable[Sequence[Text]]) -> Iterator[list[Encoded]]:
         first_index = 0
@@ -412,7 +433,7 @@ class Classifier:
         """Waits for the raw outputs of a chunk."""
         from concurrent.futures import CancelledError
 
-        logits = np.empty((chunk.rows, len(self.task.labels)), dtype=np.float32)
+        logits = np.empty((chunk.rows, self._columns), dtype=np.float32)
         try:
             for batch, future in zip(chunk.batches, chunk.futures, strict=True):
                 logits[batch] = future.result()
@@ -449,40 +470,33 @@ class Classifier:
 
     def _compute(self, rows: list[Encoded], session: Session) -> NDArray[np.float32]:
         """Runs the model on rows, in one batch."""
-        found: NDArray[np.float32] = session.run(self._encoder.collate(rows))["logits"]
-        if found.shape != (len(rows), len(self.task.labels)):
-            raise BundleError(
-                f"the model gave logits of shape {found.shape} for {len(rows)} texts and "
-                f"{len(self.task.labels)} labels; model and manifest do not belong together"
-            )
         truncated = sum([row.truncated for row in rows])
-        with self._counting:
-            self._texts += len(rows)
-            self._truncated += truncated
-            self._batches += 1
+        return self._run(session, self._encoder.collate(rows), len(rows), truncated)
+
+    def _run(
+        self, session: Session, inputs: Inputs, count: int, truncated: int
+    ) -> NDArray[np.float32]:
+        """Runs the model on a batch of ``count`` rows, of which some were truncated."""
+        self._given.append((count, truncated))
+        if len(self._given) > _MOST_UNCOUNTED:
+            self._count()
+        found: NDArray[np.float32] = session.run(inputs)["logits"]
+        if found.shape != (count, self._columns):
+            raise BundleError(
+                f"the model gave logits of shape {found.shape} for {count} texts and "
+                f"{self._columns} labels; model and manifest do not belong together"
+            )
         return found
 
-    def _probabilities(self, logits: NDArray[np.float32]) -> list[list[float]]:
-        """Returns each row's scores.
-
-        Without numpy: after a call of the model, what numpy needs for a handful of numbers is in
-        no cache of the processor, and takes longer than this (``benchmarks/single_text.py``).
-        """
-        of_row = _softmax if self.task.thresholds is None else _sigmoid
-        return [of_row(row) for row in logits.tolist()]
-
-    def _prediction(self, scores: list[float]) -> Prediction:
-        labels, thresholds = self.task.labels, self.task.thresholds
-        score = max(scores)
-        if thresholds is None:
-            best = labels[scores.index(score)]
-            return Prediction(best, score, (best,))
-        best_first = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
-        applying = [index for index in best_first if scores[index] >= thresholds[index]]
-        if not applying:
-            return Prediction(None, score, ())
-        found = tuple(labels[index] for index in applying)
-        return Prediction(found[0], scores[applying[0]], found)
+    def _count(self) -> Stats:
+        """Adds up what was given to the model, which ``_run`` notes without a lock."""
+        with self._counting:
+            while self._given:
+                rows, truncated = self._given.popleft()
+                self._texts += rows
+                self._truncated += truncated
+                self._batches += 1
+            return Stats(self._texts, self._truncated, self._batches)
 
     @property
     def session(self) -> Session:
@@ -496,9 +510,8 @@ class Classifier:
 
     @property
     def stats(self) -> Stats:
-        """What this classifier has done so far; a snapshot."""
-        with self._counting:
-            return Stats(self._texts, self._truncated, self._batches)
+        """What this classifier has given to its model so far; a snapshot."""
+        return self._count()
 
     def close(self) -> None:
         """Frees the model. Using the classifier afterwards raises ``DeviceError``."""
@@ -537,10 +550,16 @@ def encoder_for(bundle: Bundle) -> TextEncoder:
 
 
 class _Background(threading.Thread, Generic[_T]):
-    """Calls a function in a thread of its own, ``after`` another thread says so."""
+    """Calls a function in a thread of its own.
+
+    Args:
+        function: What to call. A program that ends does not wait for it.
+        after: What to wait for before; to be set whatever happens. A program that ends does wait,
+            as the tokenizer's own code aborts it if its thread is ended.
+    """
 
     def __init__(self, function: Callable[[], _T], after: threading.Event | None = None) -> None:
-        super().__init__(daemon=True)
+        super().__init__(daemon=after is None)
         self._function = function
         self._after = after
         self._found: _T
@@ -677,6 +696,24 @@ def _check_sizes(batch_size: int, max_wait_ms: float | None) -> None:
         raise InputError(f"batch_size is {batch_size}; it must lie between 1 and {_MOST_ROWS}")
     if max_wait_ms is not None and not 0 <= max_wait_ms <= 60_000:
         raise InputError(f"max_wait_ms is {max_wait_ms}; it must lie between 0 and 60000")
+
+
+def _single_label(task: Task, logits: list[float]) -> Prediction:
+    largest = max(logits)
+    label = task.labels[logits.index(largest)]
+    share = 1 / sum([math.exp(logit - largest) for logit in logits])  # as in ``_softmax``
+    return Prediction(label, share, (label,))
+
+
+def _multi_label(task: Task, logits: list[float]) -> Prediction:
+    assert task.thresholds is not None
+    scores = _sigmoid(logits)
+    best_first = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+    applying = [index for index in best_first if scores[index] >= task.thresholds[index]]
+    if not applying:
+        return Prediction(None, max(scores), ())
+    labels = tuple(task.labels[index] for index in applying)
+    return Prediction(labels[0], scores[applying[0]], labels)
 
 
 def _softmax(logits: list[float]) -> list[float]:

@@ -126,14 +126,23 @@ class OnnxSession:
         session = self._session
         if session is None:
             raise DeviceError("the session is closed")
-        check_inputs(inputs, self._ranks)
+        # ONNX Runtime refuses other names, types and ranks itself; shapes that differ it may not.
+        shape = None
+        for array in inputs.values():
+            before, shape = shape, array.shape
+            if 0 in shape or (shape != before and before is not None):
+                check_inputs(inputs, self._ranks)
         given: Mapping[str, NDArray[Any]] = inputs
         if self._narrow:
+            check_inputs(inputs, self._ranks)
             given = {**inputs, **{name: inputs[name].astype(np.int32) for name in self._narrow}}
         try:
             outputs = session.run(self._outputs, given)
         except Exception as exc:
+            check_inputs(inputs, self._ranks)
             raise DeviceError(f"ONNX Runtime failed on a batch: {exc}") from exc
+        if len(outputs) == 1:
+            return {self._outputs[0]: outputs[0]}
         return dict(zip(self._outputs, outputs, strict=True))
 
     def close(self) -> None:
@@ -167,12 +176,13 @@ def check_inputs(inputs: Inputs, ranks: dict[str, int]) -> None:
     """
     if inputs.keys() != ranks.keys():
         raise InputError(f"the model takes {sorted(ranks)}, it was given {sorted(inputs)}")
-    shape = None
+    shape: tuple[int, ...] = ()
     for name, array in inputs.items():
-        if array.dtype != _INT64 or array.ndim != ranks[name] or 0 in array.shape:
+        found = array.shape
+        if array.dtype != _INT64 or len(found) != ranks[name] or 0 in found:
             raise InputError(
-                f"{name} must be int64[batch, seq] and not empty, got {array.dtype}{array.shape}"
+                f"{name} must be int64[batch, seq] and not empty, got {array.dtype}{found}"
             )
-        if array.shape != (shape or array.shape):
-            raise InputError(f"inputs differ in shape: {shape} and {array.shape}")
-        shape = array.shape
+        if shape and found != shape:
+            raise InputError(f"inputs differ in shape: {shape} and {found}")
+        shape = found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,10 @@ class WorkingEncoder:
     def encode(self, texts: Sequence[Text], *, first_index: int = 0) -> list[Encoded]:
         self._clock.work(TOKENISING_MS)
         return self._encoder.encode(texts, first_index=first_index)
+
+    def encode_one(self, text: Text) -> tuple[Any, bool]:
+        self._clock.work(TOKENISING_MS)
+        return self._encoder.encode_one(text)
 
 
 class WorkingSession(FakeSession):

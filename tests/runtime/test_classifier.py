@@ -24,6 +24,7 @@ from edgebert_runtime import (
     Prediction,
     Stats,
 )
+from edgebert_runtime.classifier import _MOST_UNCOUNTED
 from edgebert_runtime.device import Choice, DeviceFacts
 from edgebert_runtime.encoder import TextEncoder
 from edgebert_runtime.manifest import Task
@@ -238,6 +239,8 @@ def test_what_the_task_does_not_take_is_refused_by_its_index(
     for call in (classifiers[name].predict, classifiers[name].scores, classifiers[name].logits):
         with pytest.raises(InputError, match=r"\btext 2\b"):
             call([good, good, bad, good])
+        with pytest.raises(InputError, match=r"\btext 0\b"):
+            call([bad])
     assert classifiers[name].stats == before
 
 
@@ -263,6 +266,34 @@ def test_after_a_refusal_the_classifier_goes_on(classifiers: dict[str, Classifie
 
 
 # Length and batches
+
+
+@pytest.mark.parametrize("name", ["single", "pairs"])
+def test_one_text_gives_the_inputs_that_a_batch_of_it_does(
+    encoders: dict[str, TextEncoder], texts_for: dict[str, list[Any]], name: str
+) -> None:
+    encoder = encoders[name]
+    long: Any = "a " * 200 if name == "single" else ("a " * 200, "b " * 200)
+    assert encoder.encode_one(long)[1]
+    assert not encoder.encode_one("a" if name == "single" else ("a", "b"))[1]
+    for text in [*texts_for[name][:50], long]:
+        (row,) = encoder.encode([text])
+        inputs, cut = encoder.encode_one(text)
+        expected = encoder.collate([row])
+        assert cut == row.truncated
+        assert list(inputs) == list(expected)
+        for input_name, array in inputs.items():
+            assert array.dtype == np.int64
+            np.testing.assert_array_equal(array, expected[input_name])
+
+
+def test_calls_are_counted_however_many(over: Callable[..., Classifier]) -> None:
+    classifier = over(FakeSession())
+    calls = 2 * _MOST_UNCOUNTED + 5
+    for _ in range(calls):
+        classifier.predict(["a"])
+    assert len(classifier._given) <= _MOST_UNCOUNTED
+    assert classifier.stats == classifier.stats == Stats(texts=calls, truncated=0, batches=calls)
 
 
 def test_what_is_cut_is_counted_and_answered(tiny_bundles: dict[str, Path]) -> None:
