@@ -70,11 +70,11 @@ class Answers:
         index = {label: column for column, label in enumerate(task.labels)}
         truth = np.zeros((len(examples), len(task.labels)), dtype=bool)
         given = np.zeros_like(truth)
-        predictions = classifier.predictions(logits)
+        predictions = classifier.predictions_of(logits)
         for row, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
             truth[row, list(example.labels)] = True
             given[row, [index[label] for label in prediction.labels]] = True
-        scores = classifier.probabilities(logits)
+        scores = classifier.scores_of(logits)
         return cls(task, given, truth, scores, classifier.stats.truncated)
 
     @property

@@ -4,8 +4,9 @@ All take turns, round by round, and what counts is the ratio within a round: a m
 drifts slows all of them alike. Every other round goes in the opposite order, so that none always
 comes after the same one. A difference counts if it holds in too many rounds for chance.
 
-Each turn begins with a rest. ONNX Runtime's threads go on looking for work for some 50 ms after the
-last call, and whoever comes next would share the cores with those of the one before.
+Each turn begins with a rest. ONNX Runtime's threads go on looking for work after the last call, in
+releases that cannot be told otherwise for some 50 ms, and whoever comes next would share the cores
+with those of the one before.
 """
 
 from __future__ import annotations

@@ -83,6 +83,14 @@ class _Directory:
         return os.fdopen(os.open(f"{self.root}/{path}", flags), "rb", buffering=0)
 
 
+def _mode(path: str) -> int:
+    """What lies at a path, as ``stat`` has it; 0 if nothing does. Raises ``OSError``."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a NUL is in no path
+        return 0
+
+
 def _stamp(state: os.stat_result) -> tuple[int, ...]:
     return (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
@@ -162,14 +170,16 @@ class Bundle:
         root = os.fsdecode(path) or os.curdir
         storage: _Storage
         try:
-            if os.path.isdir(root):
-                if not os.path.exists(f"{root}/{MANIFEST}"):
-                    hint = "; did you mean its bundle/?" if os.path.isdir(f"{root}/bundle") else ""
+            mode = _mode(root)
+            if stat.S_ISDIR(mode):
+                if not _mode(f"{root}/{MANIFEST}"):
+                    below = stat.S_ISDIR(_mode(f"{root}/bundle"))
+                    hint = "; did you mean its bundle/?" if below else ""
                     raise BundleError(f"{root}: {MANIFEST} is missing; this is no bundle{hint}")
                 storage = _Directory(root)
-            elif os.path.isfile(root):
+            elif stat.S_ISREG(mode):
                 storage = _Tar(root)
-            elif os.path.exists(root):
+            elif mode:
                 raise BundleError(f"{root} is neither a directory nor a file")
             else:
                 raise BundleError(f"{root}: there is no bundle there")
@@ -291,7 +301,7 @@ class Bundle:
 def _buffer(size_bytes: int) -> memoryview:
     """Room to read a file into, some of it at a time if it is large.
 
-    Of numpy, which asks for huge pages: a fault for every 4 KiB takes as long as hashing them.
+    Of numpy, which asks for huge pages: a fault for every 4 KiB takes long, too.
     """
     return np.empty(min(size_bytes, _CHUNK_BYTES), np.uint8).data
 

@@ -40,7 +40,7 @@ def _cache_dir() -> str:
         return override
     if sys.platform == "linux":  # as platformdirs does, whose import would slow every start
         kept = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if kept.startswith("~"):
+        if kept == "~/.cache" and os.path.expanduser("~") == "~":
             raise RuntimeError("this user has no home directory")
         return f"{kept}/edgebert"
     import platformdirs

@@ -43,7 +43,7 @@ _CHUNK_TEXTS = 1024
 """Texts that are tokenised and sorted by length at a time, so that memory stays bounded."""
 _ANY = sys.maxsize
 _MOST_ROWS = 4096
-_MOST_UNCOUNTED = 4096
+_MOST_UNCOUNTED = 256
 
 
 class CpuSettings(NamedTuple):
@@ -82,10 +82,10 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """What a classifier has given to its model since it was loaded.
+    """What a classifier has done since it was loaded.
 
     Attributes:
-        texts: Texts.
+        texts: Texts answered.
         truncated: Of these, how many were cut to the model's ``max_length``.
         batches: Calls of the model.
     """
@@ -174,7 +174,7 @@ class Classifier:
         self._worker_session: Session | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
-        self._given: deque[tuple[int, int]] = deque()  # of each call: its rows, and those cut
+        self._answered: deque[tuple[int, int]] = deque()  # of each call: its rows, and those cut
         self._texts = self._truncated = self._batches = 0
         self._counting = threading.Lock()
         self._starting = threading.Lock()
@@ -246,15 +246,17 @@ class Classifier:
         for reason in choice.faults:
             _warn("running %s on %s: %s", choice.variant.name, choice.device, reason)
 
-        may_encode = threading.Event()
+        # The tokenizer is read while a session starts, and not while Python is needed for that.
+        encoder = _Background(lambda: encoder_for(bundle), later=True)
 
         def start(chosen: Choice) -> Session:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
+                encoder.result()  # if it is at fault, no engine need be built
                 return _start_engine(bundle, chosen, facts, on_progress)
             path = chosen.variant.model
             file = model.result() if model and path == likely else bundle.read_model(path)
             session = OnnxSession(
-                file, device=chosen.device, intra_op_threads=cores, on_parsed=may_encode.set
+                file, device=chosen.device, intra_op_threads=cores, on_parsed=encoder.begin
             )
             bundle.check_unchanged(path)
             _check_belongs(session, bundle)
@@ -278,12 +280,10 @@ class Classifier:
             )
 
         again = choose_again if device == "auto" else None
-        # The tokenizer is read while a session starts, and not while Python is needed for that.
-        encoder = _Background(lambda: encoder_for(bundle), after=may_encode)
         try:
             session, choice = _start_session(choice, start, again)
         finally:
-            may_encode.set()
+            encoder.end()
         try:
             if rest is not None:
                 rest.result()
@@ -321,9 +321,9 @@ class Classifier:
             InputError: A text is not what the task takes.
             DeviceError: The backend failed, or the classifier is closed.
         """
-        return self.predictions(self.logits(texts))
+        return self.predictions_of(self.logits(texts))
 
-    def predictions(self, logits: NDArray[np.float32]) -> list[Prediction]:
+    def predictions_of(self, logits: NDArray[np.float32]) -> list[Prediction]:
         """Returns what each row of the model's raw outputs, ``float32[rows, labels]``, says.
 
         Without numpy: after a call of the model, what numpy needs for a handful of numbers is in
@@ -337,9 +337,9 @@ class Classifier:
         Rows sum to 1 in a ``single_label`` task; each entry stands alone in ``multi_label``.
         Raises what ``predict`` raises.
         """
-        return self.probabilities(self.logits(texts))
+        return self.scores_of(self.logits(texts))
 
-    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    def scores_of(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the scores that raw outputs make; both are ``float32[rows, labels]``."""
         of_row = _softmax if self.task.thresholds is None else _sigmoid
         found = np.array([of_row(row) for row in logits.tolist()], dtype=np.float32)
@@ -394,7 +394,7 @@ class Classifier:
         source = iter(texts)
         chunks = iter(lambda: list(itertools.islice(source, chunk_size)), [])
         for logits in self._by_chunk(self._encoded(chunks)):
-            yield from self.predictions(logits)
+            yield from self.predictions_of(logits)
 
     def _encoded(self, chunks: Iterable[Sequence[Text]]) -> Iterator[list[Encoded]]:
         first_index = 0
@@ -477,22 +477,22 @@ class Classifier:
         self, session: Session, inputs: Inputs, count: int, truncated: int
     ) -> NDArray[np.float32]:
         """Runs the model on a batch of ``count`` rows, of which some were truncated."""
-        self._given.append((count, truncated))
-        if len(self._given) > _MOST_UNCOUNTED:
-            self._count()
         found: NDArray[np.float32] = session.run(inputs)["logits"]
         if found.shape != (count, self._columns):
             raise BundleError(
                 f"the model gave logits of shape {found.shape} for {count} texts and "
                 f"{self._columns} labels; model and manifest do not belong together"
             )
+        self._answered.append((count, truncated))
+        if len(self._answered) > _MOST_UNCOUNTED:
+            self._count()
         return found
 
     def _count(self) -> Stats:
-        """Adds up what was given to the model, which ``_run`` notes without a lock."""
+        """Adds up what was answered, which ``_run`` notes: to take a lock takes much longer."""
         with self._counting:
-            while self._given:
-                rows, truncated = self._given.popleft()
+            while self._answered:
+                rows, truncated = self._answered.popleft()
                 self._texts += rows
                 self._truncated += truncated
                 self._batches += 1
@@ -510,7 +510,7 @@ class Classifier:
 
     @property
     def stats(self) -> Stats:
-        """What this classifier has given to its model so far; a snapshot."""
+        """What this classifier has done so far; a snapshot."""
         return self._count()
 
     def close(self) -> None:
@@ -553,29 +553,38 @@ class _Background(threading.Thread, Generic[_T]):
     """Calls a function in a thread of its own.
 
     Args:
-        function: What to call. A program that ends does not wait for it.
-        after: What to wait for before; to be set whatever happens. A program that ends does wait,
-            as the tokenizer's own code aborts it if its thread is ended.
+        function: What to call.
+        later: Whether to begin only when told. A program that ends waits for such a thread, as the
+            tokenizer's own code would abort it if its thread was ended.
     """
 
-    def __init__(self, function: Callable[[], _T], after: threading.Event | None = None) -> None:
-        super().__init__(daemon=after is None)
+    def __init__(self, function: Callable[[], _T], *, later: bool = False) -> None:
+        super().__init__(daemon=not later)
         self._function = function
-        self._after = after
         self._found: _T
-        self._fault: Exception | None = None
-        self.start()
+        self._fault: BaseException | None = None
+        if not later:
+            self.start()
 
     def run(self) -> None:
-        if self._after is not None:
-            self._after.wait()
         try:
             self._found = self._function()
-        except Exception as exc:
+        except BaseException as exc:
             self._fault = exc
+
+    def begin(self) -> None:
+        """Begins, if it has not."""
+        if self.ident is None:
+            self.start()
+
+    def end(self) -> None:
+        """Waits for the function to end, if it has begun."""
+        if self.ident is not None:
+            self.join()
 
     def result(self) -> _T:
         """Waits for the function to end, and returns what it did, or raises what it raised."""
+        self.begin()
         self.join()
         if self._fault is not None:
             raise self._fault

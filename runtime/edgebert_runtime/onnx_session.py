@@ -39,8 +39,9 @@ class OnnxSession:
             used as they are, and not copied.
         simulated: Whether ``model`` holds Q/DQ for TensorRT, which is to be computed as it is
             written, and not in a CPU's 8-bit kernels.
-        on_parsed: Called once the model is parsed. What is left, half the time or more, is done
-            without the interpreter's lock, so that other threads can run Python meanwhile.
+        on_parsed: Called once the model is parsed. What is left, half the time or more, ONNX
+            Runtime (1.31; not every older release) does without the interpreter's lock, so that
+            other threads can run Python meanwhile.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
@@ -85,7 +86,8 @@ class OnnxSession:
             # of the speed (docs/decisions/0016).
             options.add_session_config_entry("session.x64quantprecision", "1")
         # So long do idle threads look for work before they sleep: longer than from one operator to
-        # the next, or from one text to the next of a caller who has many (decision 0023).
+        # the next, or from one text to the next of a caller who has many (decision 0023). Releases
+        # that do not know the entry ignore it.
         options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
         if intra_op_threads is not None:
             options.intra_op_num_threads = intra_op_threads
@@ -126,11 +128,12 @@ class OnnxSession:
         session = self._session
         if session is None:
             raise DeviceError("the session is closed")
-        # ONNX Runtime refuses other names, types and ranks itself; shapes that differ it may not.
+        # ONNX Runtime refuses other names and ranks itself; what it may take is looked for here.
         shape = None
         for array in inputs.values():
             before, shape = shape, array.shape
-            if 0 in shape or (shape != before and before is not None):
+            differs = shape != before and before is not None
+            if differs or 0 in shape or array.dtype != _INT64:
                 check_inputs(inputs, self._ranks)
         given: Mapping[str, NDArray[Any]] = inputs
         if self._narrow:

@@ -287,12 +287,37 @@ def test_one_text_gives_the_inputs_that_a_batch_of_it_does(
             np.testing.assert_array_equal(array, expected[input_name])
 
 
+@pytest.mark.parametrize("name", ["single", "multi", "pairs"])
+def test_labels_and_scores_can_be_had_of_raw_outputs(
+    classifiers: dict[str, Classifier], texts_for: dict[str, list[Any]], name: str
+) -> None:
+    classifier, texts = classifiers[name], texts_for[name][:40]
+    logits = classifier.logits(texts)
+    assert classifier.predictions_of(logits) == classifier.predict(texts)
+    np.testing.assert_array_equal(classifier.scores_of(logits), classifier.scores(texts))
+    for prediction, scores in zip(
+        classifier.predictions_of(logits), classifier.scores_of(logits), strict=True
+    ):
+        assert prediction.score == pytest.approx(scores.max(), abs=1e-6)
+    assert classifier.scores_of(logits[:0]).shape == (0, len(classifier.task.labels))
+
+
+def test_what_was_not_answered_is_not_counted(over: Callable[..., Classifier]) -> None:
+    classifier = over(FakeSession(labels=3))  # of a model for another task
+    with pytest.raises(BundleError, match="do not belong together"):
+        classifier.predict(["a"])
+    classifier.close()
+    with pytest.raises(DeviceError, match="closed"):
+        classifier.predict(["a"])
+    assert classifier.stats == Stats(0, 0, 0)
+
+
 def test_calls_are_counted_however_many(over: Callable[..., Classifier]) -> None:
     classifier = over(FakeSession())
     calls = 2 * _MOST_UNCOUNTED + 5
     for _ in range(calls):
         classifier.predict(["a"])
-    assert len(classifier._given) <= _MOST_UNCOUNTED
+    assert len(classifier._answered) <= _MOST_UNCOUNTED
     assert classifier.stats == classifier.stats == Stats(texts=calls, truncated=0, batches=calls)
 
 

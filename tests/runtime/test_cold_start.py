@@ -51,6 +51,22 @@ def test_predicting_imports_nothing_that_only_export_needs(
     assert not imported & set(HEAVY)
 
 
+def test_predicting_imports_little_besides_onnx_runtime_and_the_tokenizer(
+    tiny_bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    # Each of these takes milliseconds of every start.
+    bare = _imported_by("import onnxruntime, tokenizers", cwd=tmp_path)
+    imported = _imported_by(
+        "import sys\n"
+        "from edgebert_runtime import Classifier\n"
+        "assert Classifier.load(sys.argv[1], device='cpu').predict(['a great film'])",
+        str(tiny_bundles["single"]),
+        cwd=tmp_path,
+    )
+    slow = {"concurrent", "logging", "pathlib", "platformdirs", "tarfile"}
+    assert not (imported - bare) & slow
+
+
 def test_the_command_line_imports_nothing_that_only_export_needs(tmp_path: Path) -> None:
     imported = _imported_by(
         "from edgebert_runtime import cli, bench, testing\n"

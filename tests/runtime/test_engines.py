@@ -592,6 +592,23 @@ def test_a_classifier_builds_its_engine_if_it_may(
     assert trt.builds == 1 and not +trt.driver.live
 
 
+def test_no_engine_is_built_for_a_bundle_whose_tokenizer_is_at_fault(
+    bundle: Bundle,
+    cache: EngineCache,
+    trt: FakeTensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+    replace_file: Callable[..., None],
+) -> None:
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda device: ORIN)
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    replace_file(bundle.path, "tokenizer.json", b"no tokenizer")
+    with pytest.raises(BundleError, match="the tokenizer cannot be read"):
+        Classifier.load(bundle.path, build_engine=True)
+    assert trt.builds == 0 and not +trt.driver.live
+
+
 def test_a_model_that_this_tensorrt_does_not_take_is_served_from_the_cpu_and_said(
     bundle: Bundle,
     cache: EngineCache,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from edgebert_runtime import BundleError, DeviceError, InputError
 from edgebert_runtime.bundle import Bundle
@@ -170,6 +171,7 @@ def _all(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Batch], Batch]
         *(pytest.param(_without(name), name, id=f"without {name}") for name in NAMES),
         pytest.param(_with("position_ids", np.copy), "position_ids", id="an input too many"),
         pytest.param(_with("input_ids", lambda a: a.astype(np.int32)), "int32", id="int32"),
+        pytest.param(_all(lambda a: a.astype(">i8")), ">i8", id="the other byte order"),
         pytest.param(
             _with("attention_mask", lambda a: a.astype(np.float32)), "float32", id="float mask"
         ),
@@ -273,6 +275,24 @@ def test_who_waits_for_the_model_to_be_parsed_is_called_once(model_bytes: bytes)
     with pytest.raises(BundleError):
         OnnxSession(b"no model", on_parsed=lambda: calls.append("not parsed"))
     assert calls == ["parsed"]
+    # Parsed, but not prepared: there is no kernel for it.
+    shape = [TensorProto.BFLOAT16, [1]]
+    node = helper.make_node("Erf", ["x"], ["y"])
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", *shape)],
+        [helper.make_tensor_value_info("y", *shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(BundleError, match="implementation"):
+        OnnxSession(model.SerializeToString(), on_parsed=lambda: calls.append("parsed too"))
+    assert calls == ["parsed", "parsed too"]
+
+
+def test_idle_threads_do_not_look_for_work_for_long(model_bytes: bytes) -> None:
+    options = OnnxSession(model_bytes)._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "1000"
 
 
 def test_a_model_that_was_cut_off_is_refused(model_bytes: bytes) -> None:
