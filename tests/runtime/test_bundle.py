@@ -504,7 +504,7 @@ def test_what_may_not_be_read_is_not_called_missing(
         return real(place, *args, **kwargs)
 
     monkeypatch.setattr("os.stat", denied)
-    with pytest.raises(BundleError, match="cannot be read: .*Permission denied"):
+    with pytest.raises(BundleError, match=r"cannot be read: .*Permission denied"):
         Bundle.open(path)
 
 
