@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from edgebert_runtime.errors import DeviceError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgebert_runtime.encoder import Encoded
+    from edgebert_runtime.encoder import Encoded, Text
 
 __all__ = ["Gatherer", "by_length"]
 
@@ -63,7 +63,7 @@ def by_length(
 
 
 class _Call:
-    """What a caller waits for: an answer to each of its rows."""
+    """What a caller waits for: an answer to each of its texts."""
 
     __slots__ = ("answers", "done", "fault", "left")
 
@@ -81,38 +81,46 @@ class _Call:
             self.done.release()
 
 
-class _Waiting(NamedTuple):
-    """A row that waits for its batch."""
+class _Waiting:
+    """A text that waits for its batch; ``row`` is missing until a worker has tokenised it."""
 
-    row: Encoded
-    call: _Call
-    place: int
-    since: float
+    __slots__ = ("call", "place", "row", "since", "text")
+
+    def __init__(self, text: Text, call: _Call, place: int, since: float) -> None:
+        self.text = text
+        self.call = call
+        self.place = place
+        self.since = since
+        self.row: Encoded | None = None
 
 
 class Gatherer:
-    """Gathers rows that threads bring one by one into batches, without losing or swapping any.
+    """Gathers texts that threads bring one by one into batches, without losing or swapping any.
 
-    The rows that have waited longest are cut into batches by length, and the one with the oldest is
-    run. That begins when as many rows wait as can be expected, by how many callers there are, and
-    at the latest ``max_wait_ms`` after that row came, if a worker is free. So a lone caller waits
+    Those that have waited longest are cut into batches by length, and the one with the oldest is
+    run. That begins when as many texts wait as can be expected, by how many callers there are, and
+    at the latest ``max_wait_ms`` after that text came, if a worker is free. So a lone caller waits
     for others once after a crowd, and else not at all.
 
-    With more rows to choose from there would be less padding, but then a row of a rare length
+    With more texts to choose from there would be less padding, but then one of a rare length
     would be passed over by those that came after it: the slowest answers would be later for it
     (``benchmarks/streams.py``).
 
+    Workers tokenise, one text after the other. A tokenizer holds the interpreter's lock: a crowd of
+    callers would fight for it, and each of them wake only to wait again.
+
     Args:
-        run: Computes the raw outputs of a batch, ``float32[rows, labels]``; called by ``workers``
-            threads.
+        encode: Tokenises a text; called by ``workers`` threads.
+        run: Computes the raw outputs of a batch, ``float32[rows, labels]``; called by them, too.
         cut: Cuts rows into batches of indices; see ``by_length``.
         most_rows: Most rows of a batch.
-        max_wait_ms: Longest time that a row waits for others, in milliseconds.
+        max_wait_ms: Longest time that a text waits for others, in milliseconds.
         workers: Batches that are computed at a time.
     """
 
     def __init__(
         self,
+        encode: Callable[[Text], Encoded],
         run: Callable[[list[Encoded]], NDArray[np.float32]],
         cut: Callable[[Sequence[Encoded]], list[list[int]]],
         *,
@@ -120,13 +128,14 @@ class Gatherer:
         max_wait_ms: float,
         workers: int,
     ) -> None:
+        self._encode = encode
         self._run = run
         self._cut = cut
         self._most_rows = most_rows
         self._max_wait_s = max_wait_ms / 1000
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
-        self._inside = 0  # rows that wait or are being computed
+        self._inside = 0  # texts that wait or are being computed
         self._crowd = 0.0  # most of them lately
         self._closed = False
         self._threads = [
@@ -136,21 +145,26 @@ class Gatherer:
         for thread in self._threads:
             thread.start()
 
-    def logits(self, rows: Sequence[Encoded]) -> list[NDArray[np.float32]]:
-        """Returns the raw outputs of each row, ``float32[labels]``; waits for them.
+    def logits(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
+        """Returns the raw outputs of each text, ``float32[labels]``; waits for them.
+
+        Args:
+            texts: Such as can be tokenised.
 
         Raises:
             DeviceError: The backend failed, or this is closed.
         """
-        if not rows:
+        if not texts:
             return []
-        call = _Call(len(rows))
+        call = _Call(len(texts))
         with self._changed:
             if self._closed:
                 raise DeviceError("the classifier is closed")
             since = time.monotonic()
-            self._waiting += [_Waiting(row, call, place, since) for place, row in enumerate(rows)]
-            self._inside += len(rows)
+            self._waiting += [
+                _Waiting(text, call, place, since) for place, text in enumerate(texts)
+            ]
+            self._inside += len(texts)
             self._crowd = max(self._crowd, self._inside)
             self._changed.notify()
         with call.done:
@@ -165,20 +179,22 @@ class Gatherer:
             if batch is None:
                 return
             fault: BaseException | None = None
-            answers: list[tuple[_Waiting, NDArray[np.float32] | None]]
+            answers: list[NDArray[np.float32]] | list[None]
             try:
-                found = self._run([waiting.row for waiting in batch])
-                answers = list(zip(batch, found, strict=True))
+                batch, rows = self._best_of(batch)
+                answers = list(self._run(rows))
+                if len(answers) != len(rows):
+                    raise ValueError(f"{len(rows)} rows, and {len(answers)} answers")
             except BaseException as exc:
-                fault, answers = exc, [(waiting, None) for waiting in batch]
+                fault, answers = exc, [None] * len(batch)
             with self._changed:
                 self._inside -= len(batch)
-                for waiting, logits in answers:
+                for waiting, logits in zip(batch, answers, strict=True):
                     waiting.call.fault = waiting.call.fault or fault
                     waiting.call.answer(waiting.place, logits)
 
     def _next(self) -> list[_Waiting] | None:
-        """Waits for the next batch; ``None`` when this is closed."""
+        """Waits until a batch is due, and takes what it is cut from; ``None`` when closed."""
         while True:
             while not self._waiting:
                 if self._closed:
@@ -192,25 +208,38 @@ class Gatherer:
                 break
             self._changed.wait(left)
         self._crowd = max(self._inside, 0.9 * self._crowd)
-        batch = self._take()
-        if self._waiting:
-            self._changed.notify()  # enough for another worker, maybe
-        return batch
-
-    def _expected(self) -> float:
-        """As many rows as a batch can hope for: each worker's share of the callers seen lately."""
-        return min(self._most_rows, self._crowd / len(self._threads))
-
-    def _take(self) -> list[_Waiting]:
-        """Takes the row that has waited longest, and those that it is best computed with."""
         oldest = math.ceil(self._expected() / 2)
         newest = self._waiting[min(oldest, len(self._waiting)) - 1].since
+        most = 2 * self._most_rows
         # All of a call came at once, and are answered at once.
-        window = [row for row in self._waiting[: 2 * self._most_rows] if row.since <= newest]
-        batch = next(b for b in self._cut([waiting.row for waiting in window]) if 0 in b)
-        for index in sorted(batch, reverse=True):
-            del self._waiting[index]
-        return [window[index] for index in batch]
+        taken = [waiting for waiting in self._waiting[:most] if waiting.since <= newest]
+        del self._waiting[: len(taken)]
+        if self._waiting:
+            self._changed.notify()  # enough for another worker, maybe
+        return taken
+
+    def _best_of(self, taken: list[_Waiting]) -> tuple[list[_Waiting], list[Encoded]]:
+        """Returns the text that has waited longest, and those that it is best computed with.
+
+        The others go on waiting.
+        """
+        rows = []
+        for waiting in taken:
+            if waiting.row is None:
+                waiting.row = self._encode(waiting.text)
+            rows.append(waiting.row)
+        batch = next(batch for batch in self._cut(rows) if 0 in batch)
+        others = [waiting for index, waiting in enumerate(taken) if index not in batch]
+        if others:
+            with self._changed:
+                # The other workers' may have come before these, or after.
+                self._waiting = sorted([*others, *self._waiting], key=lambda w: w.since)
+                self._changed.notify()
+        return [taken[index] for index in batch], [rows[index] for index in batch]
+
+    def _expected(self) -> float:
+        """As many texts as a batch can hope for: each worker's share of the callers seen lately."""
+        return min(self._most_rows, self._crowd / len(self._threads))
 
     def close(self) -> None:
         """Answers what still waits, and ends the threads."""

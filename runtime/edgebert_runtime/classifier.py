@@ -181,6 +181,7 @@ class Classifier:
         self._gatherer: Gatherer | None = None
         if max_wait_ms is not None:
             self._gatherer = Gatherer(
+                lambda text: encoder.encode([text])[0],
                 self._on_worker,
                 self._cut,
                 most_rows=batch_size,
@@ -361,9 +362,10 @@ class Classifier:
             inputs, truncated = self._encoder.encode_one(text)
             return self._run(self._session, inputs, 1, truncated)
         if 0 < count <= self.batch_size:
-            rows = self._encoder.encode(texts)
             if self._gatherer is not None:
-                return np.stack(self._gatherer.logits(rows))
+                self._encoder.check(texts)
+                return np.stack(self._gatherer.logits(list(texts)))
+            rows = self._encoder.encode(texts)
             batches = self._cut(rows)
             if len(batches) == 1:
                 return self._compute(rows, self._session)

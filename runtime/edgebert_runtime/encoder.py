@@ -153,8 +153,17 @@ class TextEncoder:
             return self._bounded(text)
         raise TypeError
 
+    def check(self, texts: Sequence[Text]) -> None:
+        """Raises the ``InputError`` that ``encode`` would raise, without tokenising."""
+        fault = self._fault(texts, 0)
+        if fault is not None:
+            raise fault
+
     def _refusal(self, texts: Sequence[object], first_index: int, exc: Exception) -> InputError:
         """Says which text cannot be tokenised: nobody pays for the search while all can be."""
+        return self._fault(texts, first_index) or InputError(f"a text cannot be tokenised: {exc}")
+
+    def _fault(self, texts: Sequence[object], first_index: int) -> InputError | None:
         wanted = "a pair (first, second)" if self._text_pair else "one string"
         for index, text in enumerate(texts, start=first_index):
             parts = text if isinstance(text, tuple) else (text,)
@@ -167,7 +176,7 @@ class TextEncoder:
                     part.encode()
                 except UnicodeEncodeError as fault:
                     return InputError(f"text {index} is not valid Unicode: {fault}")
-        return InputError(f"a text cannot be tokenised: {exc}")
+        return None
 
     def _bounded(self, pair: tuple[str, str]) -> tuple[str, str]:
         """Cuts a pair to what could be kept of it, so that truncating it gives what it would."""

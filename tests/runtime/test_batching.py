@@ -180,7 +180,7 @@ def test_thirty_two_threads_each_get_the_answers_to_their_own_texts(
 def _gatherer(run: Any, **kwargs: Any) -> Gatherer:
     settings = {"most_rows": 8, "max_wait_ms": 0.0, "workers": 2} | kwargs
     cut = partial(by_length, most_rows=settings["most_rows"], most_tokens=512, call_tokens=16)
-    return Gatherer(run, cut, **settings)
+    return Gatherer(lambda row: row, run, cut, **settings)  # its texts are rows already
 
 
 def test_rows_that_waited_share_a_batch_with_those_nearest_in_length() -> None:
@@ -225,10 +225,45 @@ def test_a_fault_reaches_every_caller_of_its_batch_and_no_other() -> None:
     gatherer.close()
 
 
+def test_a_text_that_cannot_be_tokenised_after_all_leaves_nobody_waiting() -> None:
+    def encode(row: Any) -> Encoded:
+        if len(row.ids) == 13:
+            raise DeviceError("thirteen")
+        return row
+
+    cut = partial(by_length, most_rows=8, most_tokens=512, call_tokens=16)
+    run = lambda rows: np.zeros((len(rows), 2), dtype=np.float32)  # noqa: E731
+    gatherer = Gatherer(encode, run, cut, most_rows=8, max_wait_ms=0.0, workers=1)
+    for _ in range(2):  # its only worker lives on
+        with pytest.raises(DeviceError, match="thirteen"):
+            gatherer.logits([_row(12), _row(13)])
+        assert len(gatherer.logits([_row(12)])) == 1
+    assert gatherer._inside == 0
+    gatherer.close()
+
+
+def test_each_text_is_tokenised_once_however_long_it_waits() -> None:
+    encoded: list[int] = []
+
+    def encode(row: Any) -> Encoded:
+        encoded.append(len(row.ids))
+        return row
+
+    cut = partial(by_length, most_rows=3, most_tokens=512, call_tokens=16)
+    run = lambda rows: np.array([[len(r.ids), 0] for r in rows], dtype=np.float32)  # noqa: E731
+    gatherer = Gatherer(encode, run, cut, most_rows=3, max_wait_ms=0.0, workers=2)
+    lengths = [5 + index * 37 % 80 for index in range(200)]
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda n: gatherer.logits([_row(n)])[0][0], lengths))
+    gatherer.close()
+    assert found == lengths
+    assert sorted(encoded) == sorted(lengths)
+
+
 def test_a_model_that_gives_too_few_rows_leaves_nobody_waiting() -> None:
     gatherer = _gatherer(lambda rows: np.zeros((len(rows) - 1, 2), dtype=np.float32), workers=1)
     for _ in range(2):  # its only worker lives on
-        with pytest.raises(ValueError, match="shorter"):
+        with pytest.raises(ValueError, match="1 rows, and 0 answers"):
             gatherer.logits([_row(3)])
     gatherer.close()
 

@@ -244,6 +244,26 @@ def test_what_the_task_does_not_take_is_refused_by_its_index(
     assert classifiers[name].stats == before
 
 
+@pytest.mark.parametrize("name", ["single", "pairs"])
+@pytest.mark.parametrize("bad", [None, 5, ["one", "two"], "\ud800"])
+def test_threads_that_share_batches_are_refused_for_their_own_texts_alone(
+    tiny_bundles: dict[str, Path], texts_for: dict[str, list[Any]], name: str, bad: Any
+) -> None:
+    good = texts_for[name][:8]
+    if name == "pairs" and bad == "\ud800":
+        bad = ("one", bad)
+    with (
+        Classifier.load(tiny_bundles[name], device="cpu", max_wait_ms=50) as classifier,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        fine = [threads.submit(classifier.predict, [text]) for text in good]
+        refused = [threads.submit(classifier.predict, [good[0], bad]) for _ in range(4)]
+        for call in refused:
+            with pytest.raises(InputError, match=r"\btext 1\b"):
+                call.result(30)
+        assert all(len(call.result(30)) == 1 for call in fine)
+
+
 def test_the_index_counts_from_the_start_of_a_long_list(over: Callable[..., Classifier]) -> None:
     texts: list[Any] = ["a"] * 5000
     texts[4500] = None
