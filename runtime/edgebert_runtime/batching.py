@@ -82,16 +82,24 @@ class _Call:
 
 
 class _Waiting:
-    """A text that waits for its batch; ``row`` is missing until a worker has tokenised it."""
+    """A text that waits for its batch.
 
-    __slots__ = ("call", "place", "row", "since", "text")
+    Attributes:
+        text: The text, until a worker has tokenised it.
+        call: Of whom.
+        place: Of its answer, among those of the call.
+        since: When it came.
+        due: Whether it need not wait for others any more.
+    """
 
-    def __init__(self, text: Text, call: _Call, place: int, since: float) -> None:
+    __slots__ = ("call", "due", "place", "since", "text")
+
+    def __init__(self, text: Text | Encoded, call: _Call, place: int, since: float) -> None:
         self.text = text
         self.call = call
         self.place = place
         self.since = since
-        self.row: Encoded | None = None
+        self.due = False
 
 
 class Gatherer:
@@ -99,15 +107,15 @@ class Gatherer:
 
     Those that have waited longest are cut into batches by length, and the one with the oldest is
     run. That begins when as many texts wait as can be expected, by how many callers there are, and
-    at the latest ``max_wait_ms`` after that text came, if a worker is free. So a lone caller waits
-    for others once after a crowd, and else not at all.
+    about ``max_wait_ms`` after that text came, if a worker is free. So a lone caller waits for
+    others once after a crowd, and else not at all.
 
     With more texts to choose from there would be less padding, but then one of a rare length
     would be passed over by those that came after it: the slowest answers would be later for it
     (``benchmarks/streams.py``).
 
-    Workers tokenise, one text after the other. A tokenizer holds the interpreter's lock: a crowd of
-    callers would fight for it, and each of them wake only to wait again.
+    Workers tokenise what has not been, one text after the other. A tokenizer holds the
+    interpreter's lock: a crowd of callers would fight for it, and for the cores with the workers.
 
     Args:
         encode: Tokenises a text; called by ``workers`` threads.
@@ -145,11 +153,11 @@ class Gatherer:
         for thread in self._threads:
             thread.start()
 
-    def logits(self, texts: Sequence[Text]) -> list[NDArray[np.float32]]:
+    def logits(self, texts: Sequence[Text | Encoded]) -> list[NDArray[np.float32]]:
         """Returns the raw outputs of each text, ``float32[labels]``; waits for them.
 
         Args:
-            texts: Such as can be tokenised.
+            texts: Tokenised or not.
 
         Raises:
             DeviceError: The backend failed, or this is closed.
@@ -175,23 +183,33 @@ class Gatherer:
     def _work(self) -> None:
         while True:
             with self._changed:
-                batch = self._next()
-            if batch is None:
+                taken = self._next()
+            if taken is None:
                 return
+            ready = self._encoded(taken)
+            batch = [waiting for waiting, _ in ready]
             fault: BaseException | None = None
             answers: list[NDArray[np.float32]] | list[None]
             try:
-                batch, rows = self._best_of(batch)
-                answers = list(self._run(rows))
+                batch, rows = self._best_of(ready)
+                answers = list(self._run(rows)) if rows else []
                 if len(answers) != len(rows):
                     raise ValueError(f"{len(rows)} rows, and {len(answers)} answers")
             except BaseException as exc:
                 fault, answers = exc, [None] * len(batch)
-            with self._changed:
-                self._inside -= len(batch)
-                for waiting, logits in zip(batch, answers, strict=True):
-                    waiting.call.fault = waiting.call.fault or fault
-                    waiting.call.answer(waiting.place, logits)
+            self._answer(batch, answers, fault)
+
+    def _answer(
+        self,
+        batch: list[_Waiting],
+        answers: list[NDArray[np.float32]] | list[None],
+        fault: BaseException | None,
+    ) -> None:
+        with self._changed:
+            self._inside -= len(batch)
+            for waiting, logits in zip(batch, answers, strict=True):
+                waiting.call.fault = waiting.call.fault or fault
+                waiting.call.answer(waiting.place, logits)
 
     def _next(self) -> list[_Waiting] | None:
         """Waits until a batch is due, and takes what it is cut from; ``None`` when closed."""
@@ -200,9 +218,10 @@ class Gatherer:
                 if self._closed:
                     return None
                 self._changed.wait()
-            if len(self._waiting) >= self._expected() or self._closed:
+            first = self._waiting[0]
+            if first.due or len(self._waiting) >= self._expected() or self._closed:
                 break
-            left = self._waiting[0].since + self._max_wait_s - time.monotonic()
+            left = first.since + self._max_wait_s - time.monotonic()
             if left <= 0:
                 self._crowd = self._inside  # who was waited for did not come: the crowd is gone
                 break
@@ -218,24 +237,40 @@ class Gatherer:
             self._changed.notify()  # enough for another worker, maybe
         return taken
 
-    def _best_of(self, taken: list[_Waiting]) -> tuple[list[_Waiting], list[Encoded]]:
+    def _encoded(self, taken: list[_Waiting]) -> list[tuple[_Waiting, Encoded]]:
+        """Tokenises what has not been; one that cannot be has its fault for an answer."""
+        found = []
+        for waiting in taken:
+            try:
+                if isinstance(waiting.text, (str, tuple)):
+                    waiting.text = self._encode(waiting.text)
+            except BaseException as exc:
+                self._answer([waiting], [None], exc)
+            else:
+                found.append((waiting, waiting.text))
+        return found
+
+    def _best_of(
+        self, taken: list[tuple[_Waiting, Encoded]]
+    ) -> tuple[list[_Waiting], list[Encoded]]:
         """Returns the text that has waited longest, and those that it is best computed with.
 
-        The others go on waiting.
+        The others go on waiting, for a worker alone.
         """
-        rows = []
-        for waiting in taken:
-            if waiting.row is None:
-                waiting.row = self._encode(waiting.text)
-            rows.append(waiting.row)
-        batch = next(batch for batch in self._cut(rows) if 0 in batch)
-        others = [waiting for index, waiting in enumerate(taken) if index not in batch]
+        if not taken:
+            return [], []
+        batch = next(batch for batch in self._cut([row for _, row in taken]) if 0 in batch)
+        chosen = [taken[index] for index in batch]
+        others = [waiting for index, (waiting, _) in enumerate(taken) if index not in batch]
+        found = [waiting for waiting, _ in chosen], [row for _, row in chosen]
         if others:
+            for waiting in others:
+                waiting.due = True
             with self._changed:
                 # The other workers' may have come before these, or after.
                 self._waiting = sorted([*others, *self._waiting], key=lambda w: w.since)
                 self._changed.notify()
-        return [taken[index] for index in batch], [rows[index] for index in batch]
+        return found
 
     def _expected(self) -> float:
         """As many texts as a batch can hope for: each worker's share of the callers seen lately."""

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
@@ -85,9 +86,9 @@ class Stats(msgspec.Struct, frozen=True):
     """What a classifier has done since it was loaded.
 
     Attributes:
-        texts: Texts answered.
+        texts: Texts that the model computed.
         truncated: Of these, how many were cut to the model's ``max_length``.
-        batches: Calls of the model.
+        batches: Calls of the model that succeeded.
     """
 
     texts: int = 0
@@ -252,7 +253,9 @@ class Classifier:
 
         def start(chosen: Choice) -> Session:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
-                encoder.result()  # if it is at fault, no engine need be built
+                if chosen.engine_missing:
+                    encoder.result()  # if it is at fault, no engine need be built
+                encoder.begin()
                 return _start_engine(bundle, chosen, facts, on_progress)
             path = chosen.variant.model
             file = model.result() if model and path == likely else bundle.read_model(path)
@@ -362,10 +365,13 @@ class Classifier:
             inputs, truncated = self._encoder.encode_one(text)
             return self._run(self._session, inputs, 1, truncated)
         if 0 < count <= self.batch_size:
-            if self._gatherer is not None:
-                self._encoder.check(texts)
-                return np.stack(self._gatherer.logits(list(texts)))
+            if self._gatherer is not None and count == 1 < self._workers:
+                alone = list(texts)
+                self._encoder.check(alone)
+                return np.stack(self._gatherer.logits(alone))
             rows = self._encoder.encode(texts)
+            if self._gatherer is not None:
+                return np.stack(self._gatherer.logits(rows))
             batches = self._cut(rows)
             if len(batches) == 1:
                 return self._compute(rows, self._session)
@@ -566,7 +572,7 @@ class _Background(threading.Thread, Generic[_T]):
         self._found: _T
         self._fault: BaseException | None = None
         if not later:
-            self.start()
+            self.begin()
 
     def run(self) -> None:
         try:
@@ -575,9 +581,10 @@ class _Background(threading.Thread, Generic[_T]):
             self._fault = exc
 
     def begin(self) -> None:
-        """Begins, if it has not."""
+        """Begins, if it has not, and if there is a thread to be had."""
         if self.ident is None:
-            self.start()
+            with suppress(RuntimeError):
+                self.start()
 
     def end(self) -> None:
         """Waits for the function to end, if it has begun."""
@@ -587,7 +594,9 @@ class _Background(threading.Thread, Generic[_T]):
     def result(self) -> _T:
         """Waits for the function to end, and returns what it did, or raises what it raised."""
         self.begin()
-        self.join()
+        if self.ident is None:
+            self.run()
+        self.end()
         if self._fault is not None:
             raise self._fault
         return self._found

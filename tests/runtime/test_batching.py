@@ -177,10 +177,10 @@ def test_thirty_two_threads_each_get_the_answers_to_their_own_texts(
     assert after.batches - before.batches < len(texts)  # some did share
 
 
-def _gatherer(run: Any, **kwargs: Any) -> Gatherer:
+def _gatherer(run: Any, encode: Any = None, **kwargs: Any) -> Gatherer:
     settings = {"most_rows": 8, "max_wait_ms": 0.0, "workers": 2} | kwargs
     cut = partial(by_length, most_rows=settings["most_rows"], most_tokens=512, call_tokens=16)
-    return Gatherer(lambda row: row, run, cut, **settings)  # its texts are rows already
+    return Gatherer(encode, run, cut, **settings)
 
 
 def test_rows_that_waited_share_a_batch_with_those_nearest_in_length() -> None:
@@ -225,19 +225,37 @@ def test_a_fault_reaches_every_caller_of_its_batch_and_no_other() -> None:
     gatherer.close()
 
 
-def test_a_text_that_cannot_be_tokenised_after_all_leaves_nobody_waiting() -> None:
-    def encode(row: Any) -> Encoded:
-        if len(row.ids) == 13:
-            raise DeviceError("thirteen")
-        return row
+def _lengths(rows: list[Encoded]) -> Any:
+    return np.array([[len(row.ids), 0] for row in rows], dtype=np.float32)
 
-    cut = partial(by_length, most_rows=8, most_tokens=512, call_tokens=16)
-    run = lambda rows: np.zeros((len(rows), 2), dtype=np.float32)  # noqa: E731
-    gatherer = Gatherer(encode, run, cut, most_rows=8, max_wait_ms=0.0, workers=1)
-    for _ in range(2):  # its only worker lives on
-        with pytest.raises(DeviceError, match="thirteen"):
-            gatherer.logits([_row(12), _row(13)])
-        assert len(gatherer.logits([_row(12)])) == 1
+
+def test_a_text_that_cannot_be_tokenised_after_all_fails_alone() -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    def encode(text: Any) -> Encoded:
+        entered.set()
+        assert go.wait(30)
+        if len(text) == 13:
+            raise DeviceError("thirteen")
+        return _row(len(text))
+
+    gatherer = _gatherer(_lengths, encode=encode, workers=1)
+    with ThreadPoolExecutor(8) as threads:
+        first = threads.submit(gatherer.logits, ["a"])
+        assert entered.wait(30)  # the worker is busy; these are taken together
+        calls = {n: threads.submit(gatherer.logits, ["a" * n]) for n in (12, 13, 14, 15)}
+        while gatherer._inside < 5:
+            pass
+        go.set()
+        assert first.result(30)[0][0] == 1
+        for length, call in calls.items():
+            if length == 13:
+                with pytest.raises(DeviceError, match="thirteen"):
+                    call.result(30)
+            else:
+                assert call.result(30)[0][0] == length
+    with pytest.raises(DeviceError, match="thirteen"):  # alone; the worker lives on
+        gatherer.logits(["a" * 13])
     assert gatherer._inside == 0
     gatherer.close()
 
@@ -245,19 +263,39 @@ def test_a_text_that_cannot_be_tokenised_after_all_leaves_nobody_waiting() -> No
 def test_each_text_is_tokenised_once_however_long_it_waits() -> None:
     encoded: list[int] = []
 
-    def encode(row: Any) -> Encoded:
-        encoded.append(len(row.ids))
-        return row
+    def encode(text: Any) -> Encoded:
+        encoded.append(len(text))
+        return _row(len(text))
 
-    cut = partial(by_length, most_rows=3, most_tokens=512, call_tokens=16)
-    run = lambda rows: np.array([[len(r.ids), 0] for r in rows], dtype=np.float32)  # noqa: E731
-    gatherer = Gatherer(encode, run, cut, most_rows=3, max_wait_ms=0.0, workers=2)
+    gatherer = _gatherer(_lengths, encode=encode, most_rows=3)
     lengths = [5 + index * 37 % 80 for index in range(200)]
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda n: gatherer.logits([_row(n)])[0][0], lengths))
+        found = list(threads.map(lambda n: gatherer.logits(["a" * n])[0][0], lengths))
     gatherer.close()
     assert found == lengths
     assert sorted(encoded) == sorted(lengths)
+
+
+def test_two_workers_share_the_batches_of_one_call() -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def run(rows: list[Encoded]) -> Any:
+        both.wait()  # neither goes on alone
+        return _lengths(rows)
+
+    gatherer = _gatherer(run)
+    found = gatherer.logits([_row(5), _row(90)])
+    gatherer.close()
+    assert [row[0] for row in found] == [5, 90]
+
+
+def test_what_is_left_of_a_lone_call_waits_for_nobody() -> None:
+    gatherer = _gatherer(_lengths, max_wait_ms=60_000.0, most_rows=5)
+    rows = [_row(length) for length in (5, 6, 7, 8, 9) for _ in range(4)]
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(gatherer.logits, rows).result(30)
+    gatherer.close()
+    assert [row[0] for row in found] == [len(row.ids) for row in rows]
 
 
 def test_a_model_that_gives_too_few_rows_leaves_nobody_waiting() -> None:
