@@ -11,9 +11,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from edgebert_runtime.errors import BundleError, InputError
+from edgebert_runtime.session import Collated
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from tokenizers import Encoding
 
 __all__ = ["Encoded", "Text", "TextEncoder"]
@@ -37,12 +37,12 @@ class Encoded(msgspec.Struct, frozen=True):
     truncated: bool
 
 
-_OF_ROW: dict[str, Callable[[Any], Sequence[int] | int]] = {
+_OF_ROW: dict[str, Callable[[Any], Sequence[int]] | None] = {
     "input_ids": attrgetter("ids"),
-    "attention_mask": lambda row: 1,
+    "attention_mask": None,
     "token_type_ids": attrgetter("type_ids"),
 }
-"""What each of a model's inputs holds of a row: for each of its tokens, or for all."""
+"""What each of a model's inputs holds of a row's tokens; ``None``: 1 for each of them."""
 
 
 class TextEncoder:
@@ -115,7 +115,7 @@ class TextEncoder:
             raise self._refusal(texts, first_index, exc) from exc
         return [self._row(encoding) for encoding in encodings]
 
-    def encode_one(self, text: Text) -> tuple[dict[str, NDArray[np.int64]], bool]:
+    def encode_one(self, text: Text) -> tuple[Collated, bool]:
         """Does for one text what ``encode`` and ``collate`` do, in fewer steps.
 
         Returns:
@@ -126,10 +126,10 @@ class TextEncoder:
         """
         encoding = self._tokenised(text, 0)
         length = len(encoding)
-        inputs = {}
+        inputs = Collated()
         for name, of_row in self._inputs:
             array = inputs[name] = np.empty((1, length), np.int64)
-            array[0] = of_row(encoding)
+            array[0] = 1 if of_row is None else of_row(encoding)
         return inputs, length == self._max_length and bool(encoding.overflowing)
 
     def _tokenised(self, text: Any, index: int) -> Encoding:
@@ -196,14 +196,14 @@ class TextEncoder:
             least = sides[index].word_to_tokens(word)[1]
         return cut[0], cut[1]
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, NDArray[np.int64]]:
+    def collate(self, rows: Sequence[Encoded]) -> Collated:
         """Pads ``rows`` to the longest of them: ``int64[batch, seq]`` for each model input."""
-        inputs = {}
+        inputs = Collated()
         length = max([len(row.ids) for row in rows])
         for name, of_row in self._inputs:
             array = inputs[name] = np.zeros((len(rows), length), dtype=np.int64)
             if name == "input_ids":
                 array.fill(self._pad_token_id)
             for index, row in enumerate(rows):
-                array[index, : len(row.ids)] = of_row(row)
+                array[index, : len(row.ids)] = 1 if of_row is None else of_row(row)
         return inputs

@@ -11,7 +11,7 @@ import numpy as np
 from edgebert_runtime.device import import_onnxruntime
 from edgebert_runtime.errors import BundleError, DeviceError, InputError
 from edgebert_runtime.processor import int8_products_saturate
-from edgebert_runtime.session import Inputs, Outputs
+from edgebert_runtime.session import Collated, Inputs, Outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -128,21 +128,15 @@ class OnnxSession:
         session = self._session
         if session is None:
             raise DeviceError("the session is closed")
-        # ONNX Runtime refuses other names and ranks itself; what it may take is looked for here.
-        shape = None
-        for array in inputs.values():
-            before, shape = shape, array.shape
-            differs = shape != before and before is not None
-            if differs or 0 in shape or array.dtype != _INT64:
-                check_inputs(inputs, self._ranks)
-        given: Mapping[str, NDArray[Any]] = inputs
-        if self._narrow:
+        if type(inputs) is not Collated:
             check_inputs(inputs, self._ranks)
-            given = {**inputs, **{name: inputs[name].astype(np.int32) for name in self._narrow}}
+        given: Mapping[str, NDArray[Any]] = inputs
         try:
+            if self._narrow:
+                given = {**inputs, **{name: inputs[name].astype(np.int32) for name in self._narrow}}
             outputs = session.run(self._outputs, given)
         except Exception as exc:
-            check_inputs(inputs, self._ranks)
+            check_inputs(inputs, self._ranks)  # of another model's encoder, maybe
             raise DeviceError(f"ONNX Runtime failed on a batch: {exc}") from exc
         if len(outputs) == 1:
             return {self._outputs[0]: outputs[0]}

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Inputs", "Outputs", "Session"]
+__all__ = ["Collated", "Inputs", "Outputs", "Session"]
 
 # As text: the type checker reads it, and importing numpy.typing would slow every start.
 Inputs: TypeAlias = "Mapping[str, NDArray[np.int64]]"
 Outputs: TypeAlias = "Mapping[str, NDArray[Any]]"
+
+
+class Collated(dict[str, "NDArray[np.int64]"]):
+    """Inputs that a ``TextEncoder`` made, all of one shape: a session need not look at them."""
 
 
 class Session(Protocol):

@@ -21,7 +21,7 @@ from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cuda import Cuda
 from edgebert_runtime.manifest import Profile
 from edgebert_runtime.onnx_session import OnnxSession
-from edgebert_runtime.session import Session
+from edgebert_runtime.session import Collated, Session
 from edgebert_runtime.tensorrt_api import Flavour
 from edgebert_runtime.tensorrt_build import build_engine
 from edgebert_runtime.tensorrt_session import TensorRTSession
@@ -293,6 +293,17 @@ def test_who_waits_for_the_model_to_be_parsed_is_called_once(model_bytes: bytes)
 def test_idle_threads_do_not_look_for_work_for_long(model_bytes: bytes) -> None:
     options = OnnxSession(model_bytes)._session.get_session_options()
     assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "1000"
+
+
+@pytest.mark.parametrize(
+    "spoil", [_without("attention_mask"), _with("position_ids", np.copy), lambda batch: {}]
+)
+def test_inputs_of_another_models_encoder_are_refused(
+    model_bytes: bytes, spoil: Callable[[Batch], Batch]
+) -> None:
+    session = OnnxSession(model_bytes)
+    with pytest.raises(InputError, match="the model takes"):
+        session.run(Collated(spoil(make_batch(2, 4))))
 
 
 def test_a_model_that_was_cut_off_is_refused(model_bytes: bytes) -> None:
