@@ -96,6 +96,18 @@ class Stats(msgspec.Struct, frozen=True):
     batches: int = 0
 
 
+class _Computed(NamedTuple):
+    """Raw outputs that are there: what stands for a future where there are no threads."""
+
+    found: NDArray[np.float32]
+
+    def result(self) -> NDArray[np.float32]:
+        return self.found
+
+    def cancel(self) -> bool:
+        return False
+
+
 class _Chunk(NamedTuple):
     """Texts that are being computed.
 
@@ -107,7 +119,7 @@ class _Chunk(NamedTuple):
 
     rows: int
     batches: list[list[int]]
-    futures: list[Future[NDArray[np.float32]]]
+    futures: list[Future[NDArray[np.float32]] | _Computed]
 
     def cancel(self) -> None:
         """Has what has not begun never begin."""
@@ -426,15 +438,17 @@ class Classifier:
 
     def _started(self, rows: list[Encoded], batches: list[list[int]]) -> _Chunk:
         """Hands batches of rows to the workers."""
-        pool = self._running_pool()
         longest_first = batches[::-1]  # so that none is left over alone
-        try:
-            futures = [
-                pool.submit(self._on_worker, [rows[index] for index in batch])
-                for batch in longest_first
-            ]
-        except RuntimeError as exc:  # another thread closed it a moment ago
-            raise DeviceError("the classifier is closed") from exc
+        futures: list[Future[NDArray[np.float32]] | _Computed] = []
+        for batch in longest_first:
+            batch_rows = [rows[index] for index in batch]
+            try:
+                futures.append(self._running_pool().submit(self._on_worker, batch_rows))
+            except (RuntimeError, ImportError) as exc:
+                if self._closed:  # by another thread, a moment ago
+                    raise DeviceError("the classifier is closed") from exc
+                # The main thread has ended; from then on no pool takes anything, or can be had.
+                futures.append(_Computed(self._on_worker(batch_rows)))
         return _Chunk(len(rows), longest_first, futures)
 
     def _collected(self, chunk: _Chunk) -> NDArray[np.float32]:

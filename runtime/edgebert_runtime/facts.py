@@ -173,6 +173,8 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as exc:
+        if exc.name != "onnxruntime":  # broken, or interrupted while it was imported
+            raise MissingExtraError(f"ONNX Runtime cannot be imported: {exc}") from exc
         raise MissingExtraError(
             "ONNX Runtime is not installed. Install it with: pip install 'edgebert-runtime[cpu]' "
             "(or [gpu] for CUDA)"

@@ -537,6 +537,35 @@ def test_the_context_manager_closes_after_an_error_too(tiny_bundles: dict[str, P
         classifier.predict(["closed"])
 
 
+@pytest.mark.parametrize("warm", [True, False])
+def test_threads_that_outlive_the_main_one_get_their_answers(
+    tiny_bundles: dict[str, Path], warm: bool
+) -> None:
+    # Once the main thread has ended, Python lets no pool take work, and none begin.
+    script = f"""
+import sys, threading
+from edgebert_runtime import Classifier
+classifier = Classifier.load(sys.argv[1], device="cpu", intra_op_threads=2)
+if {warm}:
+    classifier.predict(["word"] * 50)
+def work(number):
+    threading.main_thread().join()
+    texts = ["word " * (index % 30) for index in range(50)]
+    found = [len(classifier.predict(texts)), len(list(classifier.stream(iter(texts))))]
+    print(f"thread {{number}}: {{found}}\\n", end="", flush=True)
+for number in range(3):
+    threading.Thread(target=work, args=(number,)).start()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_bundles["single"])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"thread {n}: [50, 50]" for n in range(3)]
+
+
 def test_closing_twice_does_nothing_and_the_stats_stay(tiny_bundles: dict[str, Path]) -> None:
     classifier = Classifier.load(tiny_bundles["single"])
     classifier.predict(["one", "two"])

@@ -10,7 +10,7 @@ import pytest
 
 from edgebert_runtime import DeviceError, MissingExtraError
 from edgebert_runtime.cuda import Cuda
-from edgebert_runtime.facts import gather_facts, gpu_facts
+from edgebert_runtime.facts import gather_facts, gpu_facts, import_onnxruntime
 from edgebert_runtime.tensorrt_api import import_tensorrt, is_installed
 from edgebert_runtime.testing import FakeDriver
 
@@ -72,6 +72,16 @@ def test_the_drivers_version_is_read_from_the_kernel(
     place.mkdir(parents=True)
     (place / "version").write_text(text)
     assert gather_facts("cpu", root=str(tmp_path)).driver == version
+
+
+def test_what_is_installed_and_broken_is_not_called_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('initialization failed')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    with pytest.raises(MissingExtraError, match="cannot be imported: initialization failed"):
+        import_onnxruntime()
 
 
 def test_a_gpu_is_described_as_its_driver_does() -> None:
