@@ -21,10 +21,12 @@ import onnx_ir as ir
 from finished_build import FinishedModel
 from numpy.typing import NDArray
 
+from edgebert_export.attention import scale_queries
 from edgebert_export.calibrate import CALIBRATORS, TensorStatistics, calibrate, threshold
+from edgebert_export.emulate import emulate
 from edgebert_export.fidelity import Judge
-from edgebert_export.graph import Product, find_products, open_graph, to_bytes, write_graph
-from edgebert_export.precision import scale_queries, to_half
+from edgebert_export.graph import Product, find_products, open_graph, write_graph
+from edgebert_export.precision import to_half
 from edgebert_export.qdq import activation_scale, insert_qdq
 from edgebert_export.rounding import round_layers
 from edgebert_export.smooth import STRENGTH, smooth
@@ -36,8 +38,9 @@ ROWS, TEXTS, PERCENTILE = 400, 256, 99.99
 
 
 def linear_layers(graph: ir.Model) -> list[Product]:
-    """The linear layers of a graph."""
-    return [product for product in find_products(graph) if product.kind == "linear"]
+    """The linear layers of a graph, without its head."""
+    products = find_products(graph)
+    return [product for product in products if product.kind == "linear" and not product.head]
 
 
 def watch(
@@ -59,13 +62,13 @@ def quantised(
         name: activation_scale(threshold(found.histogram, calibrator, PERCENTILE))  # type: ignore[arg-type]
         for name, found in seen.items()
     }
-    return to_half(insert_qdq(graph, linear_layers(graph), scales, steps))
+    return emulate(to_half(insert_qdq(graph, linear_layers(graph), scales, steps)))
 
 
 def weights_alone(graph: ir.Model, steps: dict[str, NDArray[np.int8]]) -> ir.Model:
     """The weights of all linear layers in INT8, FP16 elsewhere."""
     layers = [dataclasses.replace(layer, operands=()) for layer in linear_layers(graph)]
-    return to_half(insert_qdq(graph, layers, {}, steps))
+    return emulate(to_half(insert_qdq(graph, layers, {}, steps)))
 
 
 def kernels(graph: ir.Model, work: Path) -> str:
@@ -121,7 +124,7 @@ def main(recipe_path: Path, build: Path, which: str | None) -> None:
             forms[f"{strength}"] = (smoothed, watch(smoothed, rows, encoder))
         lines = []
         for strength_name, (form, seen) in forms.items():
-            found = [judge.judge(to_bytes(quantised(form, seen, c))) for c in CALIBRATORS]
+            found = [judge.judge(quantised(form, seen, c)) for c in CALIBRATORS]
             lines.append((strength_name, *(f"{f.distance:.2g} ({f.flips})" for f in found)))
             print(" | ".join(lines[-1]), file=sys.stderr, flush=True)
         print(f"{model.name}: divergence (flips) on {judge.rows} validation rows\n")
@@ -133,7 +136,7 @@ def main(recipe_path: Path, build: Path, which: str | None) -> None:
             "gptq": round_layers(form, linear_layers(form), rows, encoder),
         }.items():
             models = [quantised(form, seen, c, steps) for c in CALIBRATORS]
-            found = [judge.judge(to_bytes(m)) for m in (*models, weights_alone(form, steps))]
+            found = [judge.judge(m) for m in (*models, weights_alone(form, steps))]
             lines.append((name, *(f"{f.distance:.2g} ({f.flips})" for f in found)))
         print("\n" + table((f"rounding, at {STRENGTH}", *CALIBRATORS, "weights alone"), lines))
         print(f"\nFP16: {kernels(to_half(graph), work)}")

@@ -7,7 +7,7 @@ and one number a channel, so memory does not grow with the number of texts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "calibrate",
     "describe_texts",
     "largest_magnitude",
+    "largest_magnitudes",
     "second_moments",
     "threshold",
     "token_batches",
@@ -247,19 +248,35 @@ def largest_magnitude(
     Returns:
         Its name, and its largest magnitude; infinite if it is not a number.
     """
-    watched = copy_of(model)
     tables = {product.node for product in find_products(model) if product.kind == "embedding"}
     reached: set[str] = set()
-    outputs: dict[str, str] = {}
-    for node in list(watched.graph):
+    values: list[str] = []
+    for node in model.graph:
         from_words = any(value is not None and value.name in reached for value in node.inputs)
         if node.op_type == "Shape" or not (from_words or node.name in tables):
             continue
         reached |= {str(value.name) for value in node.outputs}
         masked = any(user.op_type == "Softmax" for user in node.successors())
-        if node.op_type not in _MAGNIFYING or (masked and node.op_type == "Add"):
+        if node.op_type in _MAGNIFYING and not (masked and node.op_type == "Add"):
+            values.append(str(node.outputs[0].name))
+    largest = largest_magnitudes(model, values, rows, encoder)
+    name = max(largest, key=lambda name: largest[name])
+    return name, largest[name]
+
+
+def largest_magnitudes(
+    model: ir.Model, values: Collection[str], rows: Sequence[Encoded], encoder: TextEncoder
+) -> dict[str, float]:
+    """Returns how large some results in an FP32 graph get on ``rows``, padding included.
+
+    Returns:
+        Their largest magnitudes, by name; infinite if one is not a number.
+    """
+    watched = copy_of(model)
+    for node in list(watched.graph):
+        (*_, value) = node.outputs
+        if value.name not in values:
             continue
-        (value,) = node.outputs
         size = ir.node("Abs", [value])
         most = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
         size.outputs[0].name, most.outputs[0].name = f"{value.name}_abs", f"{value.name}_max"
@@ -267,18 +284,16 @@ def largest_magnitude(
         most.outputs[0].shape = ir.Shape([])
         watched.graph.insert_after(node, [size, most])
         watched.graph.outputs.append(most.outputs[0])
-        outputs[f"{value.name}_max"] = str(value.name)
     session = open_session(watched)
-    largest = dict.fromkeys(outputs.values(), 0.0)
+    largest = dict.fromkeys(values, 0.0)
     for batch in token_batches(rows):
         results = session.run(encoder.collate([rows[index] for index in batch]))
-        for output, name in outputs.items():
-            found = float(results[output])
+        for name in values:
+            found = float(results[f"{name}_max"])
             largest[name] = max(largest[name], found if np.isfinite(found) else np.inf)
     session.close()
     release_memory()
-    name = max(largest, key=lambda name: largest[name])
-    return name, largest[name]
+    return largest
 
 
 def token_batches(rows: Sequence[Encoded]) -> Iterator[list[int]]:

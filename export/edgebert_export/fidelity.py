@@ -129,7 +129,10 @@ class Judge:
         return len(self._texts)
 
     def judge(self, model: Model) -> Fidelity:
-        """Runs a model on the rows, as ONNX Runtime computes it on a CPU."""
+        """Runs a model on the rows, as ONNX Runtime computes it on a CPU.
+
+        For what is to run on a GPU, give what ``emulate`` makes of it.
+        """
         logits = self._run(model)
         answers = self._answer(logits)
         correct, expected = (

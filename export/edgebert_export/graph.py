@@ -10,7 +10,8 @@ import ctypes
 import gc
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,13 +21,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.checker import ValidationError
 from onnx.shape_inference import InferenceError
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from edgebert_export.errors import ExportError, ModelError
 from edgebert_export.quantise import ProductKind
 from edgebert_runtime.onnx_session import OnnxSession
 
 __all__ = [
+    "OPSET",
     "Model",
     "Operand",
     "Product",
@@ -45,6 +47,12 @@ __all__ = [
     "write_graph",
 ]
 
+OPSET = 20
+"""Of every model that is written: what TensorRT 10's parsers are documented to take ends there, and
+Q/DQ in FP16 is legal from 19 on."""
+_FEWEST_CHANNELS = 16
+"""A product with fewer inputs or outputs is no faster in INT8: kernels compute 16 at a time."""
+_NORMS_OF_A_LAYER = 2
 _QUANTISED = ("quantize", "qlinear", "qattention", "qgemm", "integer", "nbits")
 """What is in the names of operators that work on quantised numbers, in lower case."""
 _CPU_PRODUCTS = (b"MatMulInteger", b"DynamicQuantizeMatMul", b"MatMulNBits")
@@ -86,6 +94,8 @@ class Product:
         operands: The activations among its inputs.
         weight: Name of its constant input, if it has one: ``float32[in, out]`` of a linear layer,
             ``float32[rows, width]`` of a table.
+        head: Whether it is a linear layer behind the last transformer layer, or one with fewer than
+            16 inputs or outputs: INT8 costs kernels there, and saves next to nothing.
     """
 
     name: str
@@ -93,6 +103,7 @@ class Product:
     node: str
     operands: tuple[Operand, ...]
     weight: str | None
+    head: bool = False
 
 
 def open_graph(path: Path) -> ir.Model:
@@ -125,8 +136,8 @@ def open_graph(path: Path) -> ir.Model:
             kind = onnx.TensorProto.DataType.Name(tensor.data_type)
             raise ModelError(f"{path}: {tensor.name} is {kind} already; give the FP32 model")
     opset = next((entry.version for entry in proto.opset_import if not entry.domain), 0)
-    if opset < 21:  # the first with Q/DQ in FP16
-        raise ModelError(f"{path} has opset {opset}; export it with 21 or newer")
+    if opset != OPSET:
+        raise ModelError(f"{path} has opset {opset}; export it with {OPSET}")
     del proto  # a large model is in memory once, not twice
     try:
         onnx.checker.check_model(str(path))
@@ -141,6 +152,7 @@ def open_graph(path: Path) -> ir.Model:
         raise ModelError(f"{path} is damaged: {str(exc).splitlines()[0]}") from exc
     _unshare(model)
     _split_gemms(model)
+    ShapeInferencePass()(model)  # types and shapes of all values, as far as they can be told
     release_memory()
     return model
 
@@ -337,7 +349,32 @@ def find_products(model: ir.Model) -> tuple[Product, ...]:
         raise ModelError("the model has no linear layer, so there is nothing to quantise")
     if len({product.name for product in found}) != len(found):
         raise ModelError("two nodes of the model have the same name")
-    return tuple(found)
+    behind = _behind_the_layers(model, found)
+    return tuple(
+        replace(product, head=product.node in behind or _is_small(model, product))
+        if product.kind == "linear"
+        else product
+        for product in found
+    )
+
+
+def _behind_the_layers(model: ir.Model, products: Sequence[Product]) -> set[str]:
+    """Names of the nodes behind the last transformer layer, whose end is its second norm."""
+    attention = {product.node for product in products if product.kind == "attention"}
+    norms, found = -len(model.graph), set[str]()  # none counts before the first attention
+    for node in model.graph:
+        if node.name in attention:
+            norms, found = 0, set()
+        elif node.op_type == "LayerNormalization":
+            norms += 1
+        elif norms >= _NORMS_OF_A_LAYER:
+            found.add(str(node.name))
+    return found
+
+
+def _is_small(model: ir.Model, product: Product) -> bool:
+    channels: tuple[int, ...] = constant(model, str(product.weight)).shape
+    return min(channels) < _FEWEST_CHANNELS
 
 
 def _product(node: ir.Node) -> Product | None:

@@ -7,76 +7,21 @@ become a number from which no score can bring FP16 to infinity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from edgebert_export.errors import ExportError
-from edgebert_export.graph import (
-    Product,
-    add_constant,
-    bias_and_weight,
-    constant,
-    copy_of,
-    remove_unused_constants,
-    set_constant,
-)
+from edgebert_export.graph import add_constant, constant, copy_of, set_constant
 
-__all__ = ["MASKED", "scale_queries", "to_half", "with_input_type"]
+__all__ = ["MASKED", "to_half", "with_input_type"]
 
 MASKED = -30_000.0
 """What a mask adds to the scores of padding: far below any score, its sum with one in range."""
 
 _LARGEST = float(np.finfo(np.float16).max)
 _INTEGERS = {"int32": ir.DataType.INT32, "int64": ir.DataType.INT64}
-
-
-def scale_queries(model: ir.Model, products: Sequence[Product]) -> ir.Model:
-    """Returns a copy in which attention's division by the root of the head size is gone.
-
-    The queries' weights and biases are divided instead, which gives the same scores. TensorRT
-    wants queries scaled before their product with the keys, for its fused attention and so that
-    FP16 does not overflow. Where a graph does it in a way that is not known here, it stays.
-    """
-    scaled = copy_of(model)
-    nodes = {node.name: node for node in scaled.graph}
-    for product in products:
-        if product.kind == "attention":
-            _scale_queries_of(scaled, nodes[product.node])
-    remove_unused_constants(scaled)
-    return scaled
-
-
-def _scale_queries_of(model: ir.Model, scores: ir.Node) -> None:
-    # DistilBERT divides the queries, BERT the scores.
-    before, after = scores.inputs[0], [n for n in scores.successors() if n.op_type != "Shape"]
-    assert before is not None
-    candidates = [before.producer(), *(after if len(after) == 1 else [])]
-    division = next((n for n in candidates if n is not None and n.op_type == "Div"), None)
-    linear = _linear_behind(before)
-    if division is None or linear is None:
-        return
-    numerator, divisor = division.inputs
-    if numerator is None or divisor is None or divisor.const_value is None:
-        return
-    number = divisor.const_value.numpy()
-    if number.size != 1:
-        return
-    for name in linear:
-        set_constant(model, name, constant(model, name) / number.astype(np.float32).reshape(()))
-    division.outputs[0].replace_all_uses_with(numerator)
-    model.graph.remove(division, safe=True)
-
-
-def _linear_behind(queries: ir.Value) -> tuple[str, str] | None:
-    """Names of the bias and the weight that make the queries, if they make nothing else."""
-    node = queries.producer()
-    while node is not None and node.op_type in {"Div", "Transpose", "Reshape"}:
-        assert node.inputs[0] is not None
-        node = node.inputs[0].producer()
-    return bias_and_weight(node)
 
 
 def to_half(model: ir.Model) -> ir.Model:

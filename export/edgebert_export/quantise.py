@@ -16,11 +16,12 @@ from edgebert_export.fidelity import Budget
 if TYPE_CHECKING:  # reading a recipe loads no ONNX
     from edgebert_export.graph import Product
 
-__all__ = ["Calibrator", "ProductKind", "QuantiseConfig", "Rounding", "included"]
+__all__ = ["Calibrator", "LayerKind", "ProductKind", "QuantiseConfig", "Rounding", "included"]
 
 Calibrator: TypeAlias = Literal["max", "percentile", "mse", "entropy"]
 Rounding: TypeAlias = Literal["nearest", "gptq"]
 ProductKind: TypeAlias = Literal["linear", "attention", "embedding"]
+LayerKind: TypeAlias = Literal["linear", "head", "attention", "embedding"]
 
 
 class QuantiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,12 +49,15 @@ class QuantiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ] = True
     include: Annotated[
-        tuple[ProductKind, ...],
+        tuple[LayerKind, ...],
         Meta(
             min_length=1,
-            description="`int8-gpu`: what is quantised. `linear`: all linear layers; `attention`: "
-            "the products of two activations in attention; `embedding`: the tables, whose rows "
-            "are then stored in INT8.",
+            description="`int8-gpu`: what is quantised. `linear`: the linear layers of the "
+            "transformer layers; `head`: those behind them, and any with fewer than 16 inputs or "
+            "outputs, where INT8 saves nothing; `attention`: in each layer, both products of two "
+            "activations and the linear layer behind them, together, where TensorRT fuses that "
+            "(heads of 16, 32 or 64 channels); `embedding`: the tables, whose rows are then "
+            "stored in INT8.",
         ),
     ] = ("linear",)
     exclude: Annotated[
@@ -116,15 +120,18 @@ class QuantiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def included(
-    products: Sequence[Product], kinds: Sequence[ProductKind], exclude: Sequence[str]
+    products: Sequence[Product], kinds: Sequence[LayerKind], exclude: Sequence[str]
 ) -> list[Product]:
     """Returns the products of some kinds that are not excluded by name.
+
+    A product of several layers, ``...query+key+value``, is named by its own name and by each of
+    theirs, and so it is in a pattern.
 
     Raises:
         ModelError: A pattern in ``exclude`` means nothing, or nothing is left.
     """
     for pattern in exclude:
-        if not any(fnmatchcase(product.name, pattern) for product in products):
+        if not any(_is_named(product, [pattern]) for product in products):
             names = [product.name for product in products]
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
             raise ModelError(
@@ -133,9 +140,19 @@ def included(
     left = [
         product
         for product in products
-        if product.kind in kinds
-        and not any(fnmatchcase(product.name, pattern) for pattern in exclude)
+        if ("head" if product.head else product.kind) in kinds and not _is_named(product, exclude)
     ]
     if not left:
         raise ModelError("quantise.include and quantise.exclude leave no layer to quantise")
     return left
+
+
+def _is_named(product: Product, patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches a product, or one of the layers that it is of."""
+    meant = [name for pattern in patterns for name in _layers_of(pattern)]
+    return any(fnmatchcase(name, wanted) for name in _layers_of(product.name) for wanted in meant)
+
+
+def _layers_of(name: str) -> list[str]:
+    scope, dot, last = name.rpartition(".")
+    return [f"{scope}{dot}{part}" for part in last.split("+")]

@@ -13,7 +13,7 @@ import onnx
 from edgebert_export.closed_loop import Fit, fit
 from edgebert_export.fidelity import Judge
 from edgebert_export.graph import find_products, open_graph, write_graph
-from edgebert_export.quantise import ProductKind, QuantiseConfig, included
+from edgebert_export.quantise import LayerKind, QuantiseConfig, included
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_runtime.onnx_session import SLOWER_FUSED
 
@@ -46,7 +46,9 @@ def quantise_cpu(
     Raises:
         ModelError: ``model`` has no linear layer, or is quantised already.
     """
-    kinds: tuple[ProductKind, ...] = ("linear", "embedding") if config.embeddings else ("linear",)
+    kinds: list[LayerKind] = ["linear", "head"]
+    if config.embeddings:
+        kinds.append("embedding")
     graph = open_graph(model.path)
     products = included(find_products(graph), kinds, config.exclude)
     nodes = {product.name: product.node for product in products}

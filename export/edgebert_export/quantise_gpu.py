@@ -1,7 +1,8 @@
 """Makes the sources of TensorRT engines: FP32 OnnxModel in, FP16 and INT8 OnnxModels out.
 
 The way to choose scales, and the layers that can bear INT8, are found by measurement on
-validation rows. What misses the budget is not written; the log says so.
+validation rows, in arithmetic that stores FP16 where a GPU does. What misses the budget is not
+written, nor a product whose sum could leave FP16; the log says so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgebert_export.attention import find_attentions, merge_projections, scale_queries
 from edgebert_export.calibrate import (
     CALIBRATORS,
     CalibrationTexts,
@@ -22,10 +24,12 @@ from edgebert_export.calibrate import (
     calibrate,
     describe_texts,
     largest_magnitude,
+    largest_magnitudes,
     threshold,
 )
 from edgebert_export.closed_loop import Fit, fit
-from edgebert_export.errors import ExportError
+from edgebert_export.emulate import emulate
+from edgebert_export.errors import ExportError, ModelError
 from edgebert_export.fidelity import Fidelity, Judge
 from edgebert_export.graph import (
     Product,
@@ -35,7 +39,7 @@ from edgebert_export.graph import (
     vocabulary_size,
     write_graph,
 )
-from edgebert_export.precision import scale_queries, to_half, with_input_type
+from edgebert_export.precision import to_half, with_input_type
 from edgebert_export.qdq import LEVELS, activation_scale, insert_qdq
 from edgebert_export.quantise import Calibrator, QuantiseConfig, Rounding, included
 from edgebert_export.rounding import round_layers
@@ -43,9 +47,11 @@ from edgebert_export.smooth import smooth
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_runtime.encoder import Encoded, Text, TextEncoder
 
-__all__ = ["GpuLog", "ScaleSummary", "Trial", "check_texts", "quantise_gpu"]
+__all__ = ["GpuLog", "ProductRange", "ScaleSummary", "Trial", "check_texts", "quantise_gpu"]
 
-_LARGEST_IN_HALF = float(np.finfo(np.float16).max) / 2
+_LARGEST_IN_HALF = float(np.finfo(np.float16).max)
+_MARGIN = 2.0
+"""How far from FP16's end what was seen on calibration texts must stay, as a factor."""
 _TRIAL_ROWS = 128
 """Validation rows that rank the candidates; the budget is then checked on all of them."""
 
@@ -72,6 +78,21 @@ class ScaleSummary(msgspec.Struct, frozen=True, kw_only=True):
     clipped: float
 
 
+class ProductRange(msgspec.Struct, frozen=True, kw_only=True):
+    """How near to FP16's end an INT8 product comes where its sum is stored.
+
+    Attributes:
+        layer: Name of the product.
+        largest: Its sum's largest magnitude on the calibration texts, times the scale that is
+            applied inside the product.
+        share: Of the largest number that FP16 can hold; at most a half in what is shipped.
+    """
+
+    layer: str
+    largest: float
+    share: float
+
+
 class GpuLog(msgspec.Struct, frozen=True, kw_only=True):
     """How ``fp16-gpu`` and ``int8-gpu`` were made, or why not.
 
@@ -84,8 +105,14 @@ class GpuLog(msgspec.Struct, frozen=True, kw_only=True):
             without trials.
         rounding: How the weights of linear layers were rounded.
         fit: How INT8 came within its budget; ``None`` without trials.
-        linear_layers: Linear layers of the model.
-        linear_int8: Of them, how many are in INT8.
+        linear_layers: Linear layers that may be in INT8; queries, keys and values are one where
+            they are one product.
+        linear_int8: Of them, how many are.
+        head_layers: Linear layers besides, which stay in FP16: those behind the last transformer
+            layer, and those with fewer than 16 inputs or outputs.
+        unfused: Why attentions that the recipe includes stay in FP16, by their names.
+        ranges: Of the products in INT8.
+        out_of_range: Of the products that stay in FP16 because their sum could leave it.
         scales: Of the activations that are quantised.
         refusal: Why there is no INT8 model, or no FP16 one either; ``None`` if there are both.
     """
@@ -98,17 +125,32 @@ class GpuLog(msgspec.Struct, frozen=True, kw_only=True):
     fit: Fit | None = None
     linear_layers: int
     linear_int8: int = 0
+    head_layers: int = 0
+    unfused: dict[str, str] = msgspec.field(default_factory=dict)
+    ranges: tuple[ProductRange, ...] = ()
+    out_of_range: tuple[ProductRange, ...] = ()
     scales: tuple[ScaleSummary, ...] = ()
     refusal: str | None = None
 
 
 @dataclass(frozen=True)
-class _Calibrated:
-    """An FP32 graph, its layers that may be quantised, and what was seen of their activations."""
+class _Form:
+    """An FP32 graph, its layers that may be quantised, and what was seen of their activations.
+
+    Attributes:
+        graph: With queries, keys and values in one product.
+        layers: By name, the products that are quantised together or not at all: one, or an
+            attention's three.
+        statistics: By the activation's name.
+    """
 
     graph: ir.Model
-    layers: dict[str, Product]
+    layers: dict[str, tuple[Product, ...]]
     statistics: dict[str, TensorStatistics]
+
+    def products(self, names: Collection[str]) -> list[Product]:
+        """The products of some layers, in the graph's order."""
+        return [p for name, products in self.layers.items() if name in names for p in products]
 
     def scales(self, calibrator: Calibrator, config: QuantiseConfig) -> dict[str, float]:
         return {
@@ -178,12 +220,16 @@ def quantise_gpu(
     """
     graph = open_graph(model.path)
     products = find_products(graph)
-    layers = [product.name for product in included(products, config.include, config.exclude)]
-    linear_layers = sum(product.kind == "linear" for product in products)
+    included(products, config.include, config.exclude)  # before anything is computed
     texts, rows = check_texts(
         calibration, validation, encoder, config, vocabulary_size=vocabulary_size(graph)
     )
     graph = scale_queries(graph, products)
+    merged = merge_projections(graph)
+    layers, unfused = _layers(merged, config)
+    for name, reason in unfused.items():
+        say(f"int8-gpu: {name} stays in FP16: {reason}")
+    linear_layers, head_layers = _counts(find_products(merged), config)
 
     def typed(plain: ir.Model) -> ir.Model:
         return with_input_type(to_half(plain), config.input_type)
@@ -192,56 +238,80 @@ def quantise_gpu(
     refusal = _out_of_range(graph, rows, encoder)
     if refusal is None:
         half = typed(graph)
-        fidelity = judge.judge(half)
+        fidelity = judge.judge(emulate(half))
         refusal = None if fidelity.fits(config.budget) else "FP16 alone misses the budget"
     if refusal is not None:
         say(f"neither fp16-gpu nor int8-gpu: {refusal}")
-        return GpuLog(texts=texts, fp16=fidelity, linear_layers=linear_layers, refusal=refusal)
+        return GpuLog(
+            texts=texts,
+            fp16=fidelity,
+            linear_layers=linear_layers,
+            head_layers=head_layers,
+            unfused=unfused,
+            refusal=refusal,
+        )
     write_graph(half, fp16)
     del half
 
-    calibrated = _calibrate_all(graph, layers, rows, encoder, config)
+    forms = _forms(graph, rows, encoder, config)
     names = CALIBRATORS if config.calibrator == "auto" else (config.calibrator,)
-    candidates = [(calibrator, smoothed) for smoothed in calibrated for calibrator in names]
+    candidates = [(calibrator, smoothed) for smoothed in forms for calibrator in names]
     scales = {
-        (calibrator, smoothed): calibrated[smoothed].scales(calibrator, config)
+        (calibrator, smoothed): forms[smoothed].scales(calibrator, config)
         for calibrator, smoothed in candidates
     }
     steps: dict[str, NDArray[np.int8]] = {}
 
-    def build(candidate: tuple[Calibrator, bool], names: Collection[str]) -> ir.Model:
-        form = calibrated[candidate[1]]
-        chosen = [product for name, product in form.layers.items() if name in names]
-        return typed(insert_qdq(form.graph, chosen, scales[candidate], steps))
+    def quantised(candidate: tuple[Calibrator, bool], names: Collection[str]) -> ir.Model:
+        form = forms[candidate[1]]
+        return insert_qdq(form.graph, form.products(names), scales[candidate], steps)
 
     part, trials = judge.part(_TRIAL_ROWS), []
     for done, candidate in enumerate(candidates, start=1):
-        found = part.judge(build(candidate, layers))
+        found = part.judge(emulate(typed(quantised(candidate, layers))))
         trials.append(Trial(calibrator=candidate[0], smoothed=candidate[1], fidelity=found))
         on_progress(done, len(candidates) + 1)
     best = min(range(len(trials)), key=lambda index: trials[index].fidelity.distance)
     winner = candidates[best]
+    form = forms[winner[1]]
     say(
         f"int8-gpu: of {len(candidates)} ways to choose scales, {winner[0]}"
         f"{' after smoothing' if winner[1] else ''} comes closest to FP32"
     )
     if config.rounding == "gptq":
-        form = calibrated[winner[1]]
-        steps |= round_layers(form.graph, list(form.layers.values()), rows, encoder)
-    result = fit(
-        layers,
-        lambda names: build(winner, names),
-        judge,
-        config.budget,
-        sensitivity=config.sensitivity,
-        say=lambda line: say(f"int8-gpu: {line}"),
-    )
-    taken = [calibrated[winner[1]].layers[name] for name in result.quantised]
-    if result.fits:
-        write_graph(build(winner, result.quantised), int8)
+        steps |= round_layers(form.graph, form.products(layers), rows, encoder)
+
+    def ranges(names: Collection[str]) -> list[ProductRange]:
+        return _ranges(quantised(winner, names), form.products(names), rows, encoder)
+
+    beyond = [found for found in ranges(layers) if found.share > 1 / _MARGIN]
+    for product in beyond:
+        say(f"int8-gpu: {product.layer} stays in FP16: its sum reaches {product.largest:.3g}")
+    outside = {product.layer for product in beyond}
+    safe = [n for n, products in form.layers.items() if not outside & {p.name for p in products}]
+    result, taken, proved = None, list[Product](), list[ProductRange]()
+    if not safe:
+        refusal = "every product's sum could leave FP16"
     else:
-        refusal = "none of the sets of layers that were tried in INT8 fits the budget"
+        result = fit(
+            safe,
+            lambda names: emulate(typed(quantised(winner, names))),
+            judge,
+            config.budget,
+            sensitivity=config.sensitivity,
+            say=lambda line: say(f"int8-gpu: {line}"),
+        )
+        taken = form.products(result.quantised)
+        proved = ranges(result.quantised) if taken else []
+        if not result.fits:
+            refusal = "none of the sets of layers that were tried in INT8 fits the budget"
+        elif any(found.share > 1 / _MARGIN for found in proved):
+            refusal = "a product's sum could leave FP16 once other layers were given back"
+        else:
+            write_graph(typed(quantised(winner, result.quantised)), int8)
+    if refusal is not None:
         say(f"int8-gpu: {refusal}: FP16 it is")
+        taken, proved = [], []
     on_progress(len(candidates) + 1, len(candidates) + 1)
     return GpuLog(
         texts=texts,
@@ -251,31 +321,73 @@ def quantise_gpu(
         rounding=config.rounding,
         fit=result,
         linear_layers=linear_layers,
+        head_layers=head_layers,
         linear_int8=sum(product.kind == "linear" for product in taken),
-        scales=_summaries(calibrated[winner[1]], scales[winner], taken),
+        unfused=unfused,
+        ranges=tuple(proved),
+        out_of_range=tuple(beyond),
+        scales=_summaries(form, scales[winner], taken),
         refusal=refusal,
     )
 
 
-def _calibrate_all(
-    graph: ir.Model,
-    names: Collection[str],
-    rows: Sequence[Encoded],
-    encoder: TextEncoder,
-    config: QuantiseConfig,
-) -> dict[bool, _Calibrated]:
+def _layers(
+    graph: ir.Model, config: QuantiseConfig
+) -> tuple[dict[str, tuple[Product, ...]], dict[str, str]]:
+    """Returns what can be quantised, by name, and why attentions that are included cannot be.
+
+    Raises:
+        ModelError: Nothing can be.
+    """
+    products = find_products(graph)
+    chosen = included(products, config.include, config.exclude)
+    layers: dict[str, tuple[Product, ...]] = {
+        product.name: (product,) for product in chosen if product.kind != "attention"
+    }
+    unfused: dict[str, str] = {}
+    if "attention" in config.include:
+        allowed = included(products, [*config.include, "linear"], config.exclude)
+        for attention in find_attentions(graph, products):
+            if not set(attention.products) <= set(allowed):
+                unfused[attention.name] = "a part of it is excluded (quantise.exclude)"
+            elif attention.unfused_in_int8 is not None:
+                unfused[attention.name] = attention.unfused_in_int8
+            else:
+                for product in attention.products:
+                    layers.pop(product.name, None)
+                layers[attention.name] = attention.products
+    if not layers:
+        raise ModelError(
+            f"quantise.include: nothing is left to quantise: {next(iter(unfused.values()))}"
+        )
+    order = {product.name: index for index, product in enumerate(products)}
+    return dict(sorted(layers.items(), key=lambda item: order[item[1][0].name])), unfused
+
+
+def _counts(products: Sequence[Product], config: QuantiseConfig) -> tuple[int, int]:
+    """Counts the linear layers that may be in INT8, and those that stay in FP16 anyway."""
+    linear = [product for product in products if product.kind == "linear"]
+    heads = 0 if "head" in config.include else sum(product.head for product in linear)
+    return len(linear) - heads, heads
+
+
+def _forms(
+    graph: ir.Model, rows: Sequence[Encoded], encoder: TextEncoder, config: QuantiseConfig
+) -> dict[bool, _Form]:
     """Calibrates the graph as it is, and smoothed, as far as ``config`` asks for them."""
 
-    def calibrated(form: ir.Model) -> _Calibrated:
-        layers = {product.name: product for product in find_products(form)}
-        layers = {name: layers[name] for name in names}
-        operands = [operand for product in layers.values() for operand in product.operands]
-        return _Calibrated(form, layers, calibrate(form, operands, rows, encoder))
+    def calibrated(apart: ir.Model) -> _Form:
+        merged = merge_projections(apart)
+        layers, _ = _layers(merged, config)
+        operands = [o for products in layers.values() for p in products for o in p.operands]
+        return _Form(merged, layers, calibrate(merged, operands, rows, encoder))
 
     plain = calibrated(graph)
-    if config.smoothing == "never" or not any(p.kind == "linear" for p in plain.layers.values()):
+    apart = included(find_products(graph), [*config.include, "linear"], config.exclude)
+    linear = [p for p in apart if p.kind == "linear" and p.operands[0].value in plain.statistics]
+    if config.smoothing == "never" or not linear:
         return {False: plain}
-    smoothed = smooth(graph, list(plain.layers.values()), plain.statistics)
+    smoothed = smooth(graph, linear, plain.statistics)
     if _out_of_range(smoothed, rows, encoder) is not None:
         return {False: plain}
     found = {True: calibrated(smoothed)}
@@ -283,29 +395,43 @@ def _calibrate_all(
 
 
 def _out_of_range(graph: ir.Model, rows: Sequence[Encoded], encoder: TextEncoder) -> str | None:
-    """Says what would leave FP16's range, or come within a factor of two of it."""
+    """Says what would leave FP16's range, or come too near to its end."""
     try:
         to_half(graph)
     except ExportError as exc:
         return str(exc)
     release_memory()
     name, largest = largest_magnitude(graph, rows, encoder)
-    if largest <= _LARGEST_IN_HALF:
+    if largest <= _LARGEST_IN_HALF / _MARGIN:
         return None
     return f"{name} reaches {largest:.3g} on the calibration texts, too much for FP16"
 
 
+def _ranges(
+    quantised: ir.Model,
+    products: Sequence[Product],
+    rows: Sequence[Encoded],
+    encoder: TextEncoder,
+) -> list[ProductRange]:
+    """Measures what INT8 products store as FP16, before their outputs are scaled."""
+    results = {str(node.name): str(node.outputs[0].name) for node in quantised.graph}
+    stored = {p.name: results[p.node] for p in products if p.kind != "embedding"}
+    largest = largest_magnitudes(quantised, list(stored.values()), rows, encoder)
+    return [
+        ProductRange(layer=name, largest=largest[value], share=largest[value] / _LARGEST_IN_HALF)
+        for name, value in stored.items()
+    ]
+
+
 def _summaries(
-    calibrated: _Calibrated, scales: dict[str, float], layers: Sequence[Product]
+    form: _Form, scales: dict[str, float], layers: Sequence[Product]
 ) -> tuple[ScaleSummary, ...]:
     names = dict.fromkeys(operand.value for layer in layers for operand in layer.operands)
     return tuple(
         ScaleSummary(
             activation=name,
             scale=scales[name],
-            clipped=calibrated.statistics[name].histogram.share_above(
-                scales[name] * (LEVELS + 0.5)
-            ),
+            clipped=form.statistics[name].histogram.share_above(scales[name] * (LEVELS + 0.5)),
         )
         for name in names
     )

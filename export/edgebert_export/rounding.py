@@ -66,7 +66,8 @@ def round_weight(weight: NDArray[np.float32], moments: NDArray[np.float32]) -> N
     Returns:
         ``int8[in, out]`` from -127 to 127.
     """
-    nearest, scales = quantise_weight(weight, 1)
+    quantised = quantise_weight(weight, 1)
+    nearest, scales = quantised.steps, quantised.scales
     if not moments.any():
         return nearest
     # The largest channels first: their errors have the most others left to be made up in.

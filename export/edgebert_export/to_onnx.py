@@ -31,10 +31,6 @@ class ExportConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ge=3, description="Longest input in tokens, special tokens included; the rest is cut."
         ),
     ] = 128
-    opset: Annotated[
-        int,
-        Meta(ge=21, le=23, description="ONNX opset; FP16 Q/DQ is legal from 21 on."),
-    ] = 21
     first_token: Annotated[
         bool,
         Meta(
@@ -110,6 +106,8 @@ def to_onnx(checkpoint: Checkpoint, task: Task, config: ExportConfig, out: Path)
     from optimum.exporters.onnx import export
     from optimum.exporters.tasks import TasksManager
 
+    from edgebert_export.graph import OPSET
+
     model = load_model(checkpoint, task, attention="eager")
     describe = TasksManager.get_exporter_config_constructor(
         "onnx",
@@ -119,7 +117,7 @@ def to_onnx(checkpoint: Checkpoint, task: Task, config: ExportConfig, out: Path)
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of Python branches that BERT always takes
-        export(model, describe(model.config, task="text-classification"), out, opset=config.opset)
+        export(model, describe(model.config, task="text-classification"), out, opset=OPSET)
     try:
         onnx.checker.check_model(str(out), full_check=True)
     except onnx.checker.ValidationError as exc:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from edgebert_export.dataset import Example
+from edgebert_export.emulate import open_emulated
 from edgebert_pipeline.answers import Answers, compare, find_flips, score
 from edgebert_pipeline.build import library_versions
 from edgebert_pipeline.scores import TEACHER, Evaluation, VariantScores, full_name
@@ -18,7 +19,6 @@ from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.classifier import Classifier, encoder_for
 from edgebert_runtime.condition import processor_name
 from edgebert_runtime.manifest import Variant
-from edgebert_runtime.onnx_session import OnnxSession
 from edgebert_runtime.rows import pack_right, row_order, rows_sha256
 
 __all__ = ["evaluate", "machine", "reference_variant"]
@@ -42,7 +42,8 @@ def evaluate(
     """Labels ``examples`` with every variant, and times those that are for a CPU.
 
     What is for a GPU is computed by ONNX Runtime on the CPU, too: the same graph that TensorRT
-    gets, in the precision that the graph is typed in, but with another library's rounding.
+    gets, with each result that it types FP16 stored as FP16 (``edgebert_export.emulate``). A GPU
+    adds up in another order, and TensorRT fuses operators, so that it stores less often.
 
     Args:
         bundles: Bundles on disk, by model; the one that is shipped first.
@@ -126,9 +127,7 @@ def _load(bundle: Bundle, variant: Variant, intra_op_threads: int | None) -> Cla
         return Classifier.load(
             bundle.path, device="cpu", variant=variant.name, intra_op_threads=intra_op_threads
         )
-    session = OnnxSession(
-        bundle.read(variant.model), intra_op_threads=intra_op_threads, simulated=True
-    )
+    session = open_emulated(bundle.read(variant.model))
     return Classifier(session, encoder_for(bundle), bundle.manifest.task)
 
 

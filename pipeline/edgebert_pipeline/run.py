@@ -528,6 +528,8 @@ def _evaluate_stage(
         "evaluate",
         (
             *_SERVING,
+            "edgebert_export.emulate",
+            "edgebert_export.graph",
             "edgebert_pipeline.run",
             "edgebert_pipeline.answers",
             "edgebert_pipeline.evaluate",

@@ -10,11 +10,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from edgebert_export.attention import scale_queries
 from edgebert_export.checkpoint import Checkpoint
 from edgebert_export.count import Precision, Work, count
 from edgebert_export.errors import ModelError
 from edgebert_export.graph import find_products, open_graph, to_bytes
-from edgebert_export.precision import scale_queries, to_half, with_input_type
+from edgebert_export.precision import to_half, with_input_type
 from edgebert_export.qdq import insert_qdq
 from edgebert_export.quantise_cpu import with_fusions
 from edgebert_export.rewrite import fold_token_types, keep_first_token

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from edgebert_export.attention import scale_queries
 from edgebert_export.calibrate import calibrate
 from edgebert_export.checkpoint import (
     Checkpoint,
@@ -37,7 +38,7 @@ from edgebert_export.graph import (
     to_bytes,
     write_graph,
 )
-from edgebert_export.precision import MASKED, scale_queries, to_half, with_input_type
+from edgebert_export.precision import MASKED, to_half, with_input_type
 from edgebert_export.qdq import activation_scale, insert_qdq
 from edgebert_export.to_onnx import ExportConfig, to_onnx
 from edgebert_runtime.encoder import TextEncoder

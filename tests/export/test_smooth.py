@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from edgebert_export.attention import scale_queries
 from edgebert_export.calibrate import TensorStatistics, calibrate
 from edgebert_export.checkpoint import (
     Checkpoint,
@@ -28,7 +29,7 @@ from edgebert_export.graph import (
     set_constant,
     to_bytes,
 )
-from edgebert_export.precision import scale_queries, to_half
+from edgebert_export.precision import to_half
 from edgebert_export.qdq import activation_scale, insert_qdq
 from edgebert_export.smooth import smooth
 from edgebert_export.to_onnx import ExportConfig, OnnxModel, to_onnx

@@ -34,7 +34,9 @@ def quantisation_section(report: Report) -> Section | None:
     parts: list[Part] = [
         "Decided on validation rows, which are not the test rows above; the budget against FP32: "
         f"{', '.join(limits)}. *Lost* is FP32's accuracy less the variant's; *divergence* is the "
-        "mean Kullback-Leibler divergence of the outputs from FP32's, in nats."
+        "mean Kullback-Leibler divergence of the outputs from FP32's, in nats. What is for a GPU "
+        "was computed on a CPU, with every result that its graph types FP16 stored as FP16; no GPU "
+        "was asked."
     ]
     for name, log in report.quantisation.items():
         parts += [Heading(name), *_model(name, log, budget)]
@@ -69,6 +71,8 @@ def _model(name: str, log: Quantisation, budget: Budget) -> Iterator[Part]:
     for variant, fit in fits.items():
         if fit is not None:
             yield from _layers(name, variant, fit)
+    if log.gpu is not None and (log.gpu.ranges or log.gpu.out_of_range):
+        yield _ranges(log.gpu)
     if log.gpu is not None and log.gpu.scales:
         yield _scales(log.gpu.scales)
 
@@ -115,22 +119,27 @@ def _trials(log: GpuLog) -> Table:
 def _gpu_in_words(log: GpuLog) -> str:
     texts = log.texts
     sentences = []
-    if log.fit is None or log.chosen is None:
+    if log.chosen is None:
         sentences.append(f"**There is no model for TensorRT**: {log.refusal}.")
-    else:
+    elif log.refusal is not None:
+        sentences.append(f"**There is no int8-gpu**: {log.refusal}; `fp16-gpu` is shipped.")
+    elif log.fit is not None:
         trial = log.trials[log.chosen]
-        if log.fit.fits:
-            share = log.linear_int8 / log.linear_layers
-            sentences.append(
-                f"**int8-gpu**: {log.linear_int8} of {log.linear_layers} linear layers in INT8 "
-                f"({share:.0%}); {_fit_in_words(log.fit, 'FP16')}."
-            )
-        else:
-            sentences.append(f"**There is no int8-gpu**: {log.refusal}; `fp16-gpu` is shipped.")
+        share = f" ({log.linear_int8 / log.linear_layers:.0%})" if log.linear_layers else ""
+        sentences.append(
+            f"**int8-gpu**: {log.linear_int8} of {log.linear_layers} linear layers in INT8{share}; "
+            f"{_fit_in_words(log.fit, 'FP16')}."
+        )
         smoothed = ", with outliers moved into the weights" if trial.smoothed else ""
         rounded = "; weights rounded by GPTQ" if log.rounding == "gptq" else ""
-        if log.fit.fits:
-            sentences.append(f"Scales by `{trial.calibrator}`{smoothed}{rounded}.")
+        sentences.append(f"Scales by `{trial.calibrator}`{smoothed}{rounded}.")
+    if log.head_layers and log.chosen is not None:
+        one = log.head_layers == 1
+        sentences.append(
+            f"{log.head_layers} more, of the head or with few channels, "
+            f"stay{'s' if one else ''} in FP16: INT8 saves nothing there."
+        )
+    sentences += [f"`{name}` stays in FP16: {why}." for name, why in log.unfused.items()]
     sentences.append(
         f"Calibrated on {texts.texts} texts of {texts.shortest_tokens} to {texts.longest_tokens} "
         f"tokens (median {texts.median_tokens:g}, of the validation texts "
@@ -204,6 +213,31 @@ def _scales(scales: Sequence[ScaleSummary]) -> Table:
         [
             [Cell(s.activation, mood="code"), f"{s.scale:.3g}", Cell(f"{s.clipped:.4%}", s.clipped)]
             for s in worst
+        ],
+    )
+
+
+def _ranges(log: GpuLog) -> Table:
+    found = [(item, "FP16: too near") for item in log.out_of_range]
+    found += [(item, "INT8") for item in log.ranges]
+    worst = sorted(found, key=lambda item: -item[0].share)[:_MOST_LISTED]
+    return Table(
+        "What INT8 products store as FP16 on the calibration texts: the largest sum, times the "
+        f"scale inside the product; at most half of FP16's range{_left_out(len(found))}",
+        [
+            Column("product"),
+            Column("largest", numeric=True),
+            Column("of FP16's range", numeric=True),
+            Column("computed in"),
+        ],
+        [
+            [
+                Cell(item.layer, mood="code"),
+                Cell(f"{item.largest:.4g}", item.largest),
+                Cell(f"{item.share:.2%}", item.share),
+                kept,
+            ]
+            for item, kept in worst
         ],
     )
 
