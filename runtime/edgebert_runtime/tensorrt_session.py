@@ -30,7 +30,7 @@ from edgebert_runtime.cuda import Cuda
 from edgebert_runtime.errors import BundleError, DeviceError
 from edgebert_runtime.manifest import Profile
 from edgebert_runtime.onnx_session import check_inputs
-from edgebert_runtime.profiles import padded_length, parts
+from edgebert_runtime.profiles import padded_length, padded_rows, parts
 from edgebert_runtime.session import Inputs, Outputs
 from edgebert_runtime.tensorrt_api import (
     Engine,
@@ -183,7 +183,7 @@ class TensorRTSession:
         """Computes what one profile holds; returns views that the next call overwrites."""
         slot = self._slots[index]
         rows, tokens = next(iter(inputs.values())).shape
-        shape = (rows, padded_length(tokens, slot.profile))
+        shape = (padded_rows(rows, slot.profile), padded_length(tokens, slot.profile))
         slot.fill(inputs, shape)
         key = (index, *shape)
         graph = self._seen.get(key)
@@ -194,7 +194,7 @@ class TensorRTSession:
         self._stream.wait()
         if self._use_graphs:
             self._remember(key)
-        return {t.name: slot.view(t, shape) for t in self._tensors if not t.is_input}
+        return {t.name: slot.view(t, shape)[:rows] for t in self._tensors if not t.is_input}
 
     @faults_of_tensorrt("TensorRT cannot compute a batch")
     def _enqueue(
@@ -308,12 +308,19 @@ class _Slot:
         return flat.reshape((rows, *row_shape))
 
     def fill(self, inputs: Inputs, shape: tuple[int, int]) -> None:
-        """Copies a batch into the host's buffers; what it does not reach is padding, and zero."""
+        """Copies a batch into the host's buffers, and fills what it does not reach.
+
+        Behind a row's tokens come zeros, which the mask hides. Rows of padding repeat the first
+        one: what is computed for them was asked for anyway, so that they can neither hold what an
+        earlier batch left nor, as rows with nothing in their mask might, give NaN.
+        """
         for tensor in self._tensors:
             if tensor.is_input:
                 view, given = self.view(tensor, shape), inputs[tensor.name]
-                view[:, : given.shape[1]] = given
-                view[:, given.shape[1] :] = 0
+                rows, tokens = given.shape
+                view[:rows, :tokens] = given
+                view[:rows, tokens:] = 0
+                view[rows:] = view[0]
 
 
 class _ContextMaker:
