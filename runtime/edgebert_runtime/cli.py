@@ -430,9 +430,9 @@ def engine(
     elif known is not None and known.holds_for(keys):
         preference = known
     else:
-        preference = engines.measure_and_remember(opened, keys, facts, cache)
-        for name in keys.keys() - {timing.variant for timing in preference.timings}:
-            click.echo(f"{name}: its answers are not finite numbers; it is not used", err=True)
+        preference = engines.measure_and_remember(
+            opened, keys, facts, cache, lambda line: click.echo(printable(line), err=True)
+        )
     if as_json:
         document = {"engines": keys, "failures": built.failures, "preference": preference}
         click.echo(msgspec.json.encode(document))

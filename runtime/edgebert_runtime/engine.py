@@ -150,13 +150,16 @@ def _serves_gpu(found: EngineKey, wanted: EngineKey) -> bool:
     return found.options.hardware_compatible and is_served
 
 
-def lean_runtimes(key: EngineKey) -> tuple[str, ...]:
-    """Returns the names that the lean runtime which an engine was built for may have, best first.
+def lean_runtimes(key: EngineKey, version: str) -> tuple[str, ...]:
+    """Returns the names that the lean runtime which an engine needs may have, best first.
 
-    It must be the very release's that built the engine (``IRuntime::loadRuntime``). The library
-    has that release's first three numbers in its name; the name with the major version alone is
-    all that some packages have, and may be another release's: that one refuses the engine.
+    None if TensorRT's ``version`` is of the release that built it. Else it must be the very release's
+    that did (``IRuntime::loadRuntime``). The library has that release's first three numbers in its
+    name; the name with the major version alone is all that some packages have, and may be another
+    release's: that one refuses the engine.
     """
+    if _release(key.version)[:3] == _release(version)[:3]:
+        return ()
     release = [str(number) for number in _release(key.version)]
     if key.platform.startswith("win32"):
         return (f"nvinfer_lean_{release[0]}.dll",)

@@ -108,7 +108,7 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def holds_for(self, keys: dict[str, EngineKey]) -> bool:
         """Whether these engines, and no others, were compared."""
-        return set(self.compared) == set(keys) and keys[self.variant] == self.engine
+        return set(self.compared) == set(keys) and keys.get(self.variant) == self.engine
 
 
 def available_engines(bundle: Bundle, cache: EngineCache) -> list[EngineKey]:
@@ -252,18 +252,18 @@ def build_engines(
             say(f"{variant.name}: {_described(entry)}")
             found[variant.name] = key
     if not found:
-        raise _joined(faults)
+        raise _joined(faults, "no engine could be built")
     return BuiltEngines(keys=found, failures={name: str(exc) for name, exc in faults.items()})
 
 
-def _joined(faults: dict[str, DeviceError]) -> DeviceError:
-    """Makes one error of all the reasons for which no engine was built."""
+def _joined(faults: dict[str, DeviceError], what: str) -> DeviceError:
+    """Makes one error of what is wrong with each variant."""
     if len(faults) == 1:
         return next(iter(faults.values()))
     refused = all(isinstance(exc, ModelRefusedError) for exc in faults.values())
     kind = ModelRefusedError if refused else DeviceError
     said = "; ".join(f"{name}: {exc}" for name, exc in faults.items())
-    return kind(f"no engine could be built: {said}")
+    return kind(f"{what}: {said}")
 
 
 def _power_mode(facts: DeviceFacts) -> str | None:
@@ -312,7 +312,6 @@ def open_engine(
     brought = bundled_keys(bundle.manifest).get(key)
     data = cache.read(key) if brought is None or cache.has(key) else bundle.read(brought.path)
     module: Any = import_tensorrt(key.flavour) if trt is None else trt
-    earlier = key.flavour == "tensorrt" and key.version != module.__version__
     return TensorRTSession(
         module,
         key.flavour,
@@ -322,7 +321,7 @@ def open_engine(
         use_graphs=use_graphs,
         runtime_cache=cache.kernels(key) if key.flavour == "rtx" else None,
         specialise_at_once=specialise_at_once,
-        lean_runtimes=lean_runtimes(key) if earlier else (),
+        lean_runtimes=lean_runtimes(key, module.__version__) if key.flavour == "tensorrt" else (),
     )
 
 
@@ -426,27 +425,50 @@ def remember_preference(
 
 
 def measure_and_remember(
-    bundle: Bundle, keys: dict[str, EngineKey], facts: DeviceFacts, cache: EngineCache
+    bundle: Bundle,
+    keys: dict[str, EngineKey],
+    facts: DeviceFacts,
+    cache: EngineCache,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Preference:
     """Times the engines of ``keys`` on this machine, and notes the fastest variant.
 
     TensorRT for RTX compiles a shape's own kernels first: those for any shape, which it has until
     then, do not serve for long.
 
+    Args:
+        bundle: Whose engines.
+        keys: Of the engines, by variant.
+        facts: About this machine.
+        cache: Where the engines are.
+        say: Called with what is wrong with an engine, if another one can be used.
+
     Raises:
-        DeviceError: An engine cannot be used, or they do not agree.
+        DeviceError: No engine can be used, or they do not agree.
     """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_buffer(bundle.read(bundle.manifest.tokenizer))
     with ExitStack() as opened:
-        sessions = {}
+        sessions: dict[str, TensorRTSession] = {}
+        faults: dict[str, DeviceError] = {}
         for name, key in keys.items():
-            sessions[name] = open_engine(bundle, key, cache, specialise_at_once=True)
-            opened.callback(sessions[name].close)
+            try:
+                sessions[name] = open_engine(bundle, key, cache, specialise_at_once=True)
+            except DeviceError as exc:
+                faults[name] = exc.with_traceback(None)
+            else:
+                opened.callback(sessions[name].close)
+        if not sessions:
+            raise _joined(faults, "no engine can be used")
         profiles = bundle.manifest.profiles
         timings = measure_engines(sessions, profiles, tokenizer.get_vocab_size())
-    return remember_preference(bundle, cache, keys, timings, facts)
+    for name, fault in faults.items():
+        say(f"{name}: not measured: {fault}")
+    for name in sessions.keys() - {timing.variant for timing in timings}:
+        say(f"{name}: its answers are not finite numbers; it is not used")
+    used = {name: keys[name] for name in sessions}
+    return remember_preference(bundle, cache, used, timings, facts)
 
 
 def _check_memory(

@@ -428,9 +428,11 @@ def test_a_version_compatible_engine_is_run_by_the_lean_runtime_of_its_release(
 @pytest.mark.parametrize("version", ["10.3.0", "10.3.0.30", "10.3.0.post1"])
 def test_a_lean_runtime_is_looked_for_under_the_names_that_there_are(version: str) -> None:
     key = msgspec.structs.replace(key_of(1), version=version)
-    assert lean_runtimes(key) == ("libnvinfer_lean.so.10.3.0", "libnvinfer_lean.so.10")
+    names = ("libnvinfer_lean.so.10.3.0", "libnvinfer_lean.so.10")
+    assert lean_runtimes(key, "10.7.0.23") == lean_runtimes(key, "10.7.0") == names
+    assert lean_runtimes(key, "10.3.0") == lean_runtimes(key, "10.3.0.30") == ()
     on_windows = msgspec.structs.replace(key, platform="win32-AMD64")
-    assert lean_runtimes(on_windows) == ("nvinfer_lean_10.dll",)
+    assert lean_runtimes(on_windows, "10.7.0.23") == ("nvinfer_lean_10.dll",)
 
 
 @pytest.mark.parametrize("option", ["version_compatible", "hardware_compatible"])
@@ -992,6 +994,26 @@ def test_an_engine_that_could_not_be_compared_before_is_measured(
     done = command("--json")
     measured = {timing["variant"] for timing in json.loads(done.stdout)["preference"]["timings"]}
     assert measured == {"int8-gpu", "fp16-gpu"} and trt.builds == 2
+
+
+def test_an_engine_that_cannot_be_opened_does_not_keep_the_other_from_being_measured(
+    command: Callable[..., Any], trt: FakeTensorRT, bundle: Bundle, cache: EngineCache
+) -> None:
+    command()
+    cache.preference(bundle.digest, "tensorrt").unlink()
+    trt.driver.fail("cuMemAlloc")  # for the first that is opened
+    done = command()
+    assert done.exit_code == 0 and "preferred: fp16-gpu" in done.stdout
+    assert "int8-gpu: not measured: cuMemAlloc failed: " in done.stderr
+    again = command("--json")  # memory is there again, and so is the comparison
+    timings = json.loads(again.stdout)["preference"]["timings"]
+    assert {timing["variant"] for timing in timings} == {"int8-gpu", "fp16-gpu"}
+    cache.preference(bundle.digest, "tensorrt").unlink()
+    trt.lean_runtimes, trt.__version__ = {}, "10.3.0.99"  # which loads neither
+    neither = command()
+    assert neither.exit_code == 1
+    assert "error: no engine can be used: int8-gpu: TensorRT cannot load" in neither.stderr
+    assert not +trt.driver.live
 
 
 def test_the_command_measures_anew_in_another_power_mode(
