@@ -153,10 +153,10 @@ def _serves_gpu(found: EngineKey, wanted: EngineKey) -> bool:
 def lean_runtimes(key: EngineKey, version: str) -> tuple[str, ...]:
     """Returns the names that the lean runtime which an engine needs may have, best first.
 
-    None if TensorRT's ``version`` is of the release that built it. Else it must be the very release's
-    that did (``IRuntime::loadRuntime``). The library has that release's first three numbers in its
-    name; the name with the major version alone is all that some packages have, and may be another
-    release's: that one refuses the engine.
+    None if TensorRT's ``version`` is of the release that built it. Else it must be the lean runtime
+    of the very release that did (``IRuntime::loadRuntime``). Its file's name has the first three
+    numbers of that release; the name with the major version alone is all that some packages have,
+    and may be another release's: that one refuses the engine.
     """
     if _release(key.version)[:3] == _release(version)[:3]:
         return ()
