@@ -28,10 +28,12 @@ from edgebert_runtime.cache import cache_dir
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = ROOT / "tools" / "tensorrt_types_check.py"
 
-# JetPack 6 has 10.3, early JetPack 7 has 10.13, JetPack 7.2.2 and data centres have 11.4.
+# JetPack 6 has 10.3, 7.1 has 10.13, 7.2 has 10.16.2 (the nearest that can be had is 10.16.1), 7.2.2
+# and data centres have 11.4.
 RELEASES = (
     ("tensorrt", "tensorrt-cu12-bindings==10.3.0"),
     ("tensorrt", "tensorrt-stubs==10.13.0.35.1"),
+    ("tensorrt", "tensorrt-cu13-bindings==10.16.1.11"),
     ("tensorrt", "tensorrt-cu13-bindings==11.4.0.106"),
     ("tensorrt_rtx", "tensorrt-rtx-cu13-bindings==1.7.1.116"),
 )

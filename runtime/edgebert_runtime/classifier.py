@@ -263,12 +263,15 @@ class Classifier:
         # The tokenizer is read while a session starts, and not while Python is needed for that.
         encoder = _Background(lambda: encoder_for(bundle), later=True)
 
-        def start(chosen: Choice) -> Session:
+        def start(chosen: Choice) -> tuple[Session, Choice]:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
                 if chosen.engine_missing:
                     encoder.result()  # if it is at fault, no engine need be built
+                    chosen = _with_built_engine(
+                        bundle, chosen, facts, on_progress, any_variant=variant is None
+                    )
                 encoder.begin()
-                return _start_engine(bundle, chosen, facts, on_progress)
+                return _start_engine(bundle, chosen), chosen
             path = chosen.variant.model
             file = model.result() if model and path == likely else bundle.read_model(path)
             session = OnnxSession(
@@ -276,7 +279,7 @@ class Classifier:
             )
             bundle.check_unchanged(path)
             _check_belongs(session, bundle)
-            return session
+            return session, chosen
 
         def start_worker_session() -> Session:
             path = choice.variant.model
@@ -651,29 +654,45 @@ def choose_for(
     )
 
 
-def _start_engine(
+def _with_built_engine(
     bundle: Bundle,
     choice: Choice,
     facts: DeviceFacts,
     on_progress: Callable[[int, int], None],
-) -> Session:
-    """Opens the engine that was chosen, after building it if it is missing."""
+    *,
+    any_variant: bool,
+) -> Choice:
+    """Builds the engine that was chosen, or if that fails and it may be any, another variant's."""
     from edgebert_runtime.engine_cache import EngineCache
-    from edgebert_runtime.engines import build_engines, open_engine
+    from edgebert_runtime.engines import build_engines, variants_for
 
     assert choice.engine is not None
-    cache = EngineCache()
-    if choice.engine_missing:
-        _warn("building an engine of %s for %s", choice.variant.name, choice.engine)
-        build_engines(
-            bundle,
-            choice.engine.flavour,
-            facts,
-            cache,
-            variants=[choice.variant],
-            on_progress=on_progress,
-        )
-    session = open_engine(bundle, choice.engine, cache)
+    flavour = choice.engine.flavour
+    others = [v for v in variants_for(bundle.manifest, flavour) if v.name != choice.variant.name]
+    _warn("building an engine of %s for %s", choice.variant.name, choice.engine)
+    built = build_engines(
+        bundle,
+        flavour,
+        facts,
+        EngineCache(),
+        variants=[choice.variant, *(others if any_variant else [])],
+        first_only=True,
+        on_progress=on_progress,
+    )
+    for name, failure in built.failures.items():
+        _warn("%s: not built: %s", name, failure)
+    ((name, engine),) = built.keys.items()
+    variant = bundle.manifest.variant(name)
+    return msgspec.structs.replace(choice, variant=variant, engine=engine)
+
+
+def _start_engine(bundle: Bundle, choice: Choice) -> Session:
+    """Opens the engine that was chosen."""
+    from edgebert_runtime.engine_cache import EngineCache
+    from edgebert_runtime.engines import open_engine
+
+    assert choice.engine is not None
+    session = open_engine(bundle, choice.engine, EngineCache())
     _check_belongs(session, bundle)
     return session
 
@@ -694,14 +713,14 @@ def _warn(message: str, *args: object) -> None:
 
 def _start_session(
     choice: Choice,
-    start: Callable[[Choice], Session],
+    start: Callable[[Choice], tuple[Session, Choice]],
     choose_again: Callable[[Mapping[str, str]], Choice] | None,
 ) -> tuple[Session, Choice]:
     """Starts what was chosen; if that fails and there may be another choice, takes it, loudly."""
     failed: dict[str, str] = {}
     while True:
         try:
-            return start(choice), choice
+            return start(choice)
         except DeviceError as exc:
             if choose_again is None:
                 raise

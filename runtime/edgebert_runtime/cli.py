@@ -17,13 +17,15 @@ import click
 import msgspec
 
 from edgebert_runtime.device import DEVICES
-from edgebert_runtime.errors import EdgebertError, InputError
+from edgebert_runtime.errors import DeviceError, EdgebertError, InputError
 from edgebert_runtime.facts import DeviceFacts, gather_facts
 from edgebert_runtime.processor import processor_kind, usable_cores
 from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour
 
 if TYPE_CHECKING:
     from edgebert_runtime.encoder import Text
+    from edgebert_runtime.engine import EngineKey
+    from edgebert_runtime.engines import Preference
     from edgebert_runtime.manifest import Tuning
 
 __all__ = ["COMMANDS", "CommandGroup", "check_output", "main", "printable", "reported_errors"]
@@ -396,7 +398,7 @@ def engine(
     cache = EngineCache()
     log = _BuildLog(cache.directory / f"build-{chosen}.log")
     try:
-        keys = engines.build_engines(
+        built = engines.build_engines(
             opened,
             chosen,
             facts,
@@ -414,22 +416,33 @@ def engine(
         )
     finally:
         log.close()
+    keys = built.keys
+    for name, failure in built.failures.items():
+        click.echo(f"{name}: not built: {printable(failure)}", err=True)
     known = None if force else engines.read_preference(opened, chosen, facts, cache)
     preference = None
     reason = unusable(chosen, facts)
-    if reason is None and len(keys) < len(engines.variants_for(opened.manifest, chosen)):
+    tried = len(keys) + len(built.failures)
+    if reason is None and tried < len(engines.variants_for(opened.manifest, chosen)):
         reason = "that compares an engine of each variant"
     if reason is not None:
         click.echo(f"not measured: {reason}", err=True)
-    elif known is not None and keys.get(known.variant) == known.engine:
+    elif known is not None and known.holds_for(keys):
         preference = known
     else:
-        preference = engines.measure_and_remember(opened, keys, facts, cache)
-        for name in keys.keys() - {timing.variant for timing in preference.timings}:
-            click.echo(f"{name}: its answers are not finite numbers; it is not used", err=True)
+        preference = engines.measure_and_remember(
+            opened, keys, facts, cache, lambda line: click.echo(printable(line), err=True)
+        )
     if as_json:
-        click.echo(msgspec.json.encode({"engines": keys, "preference": preference}))
-        return
+        document = {"engines": keys, "failures": built.failures, "preference": preference}
+        click.echo(msgspec.json.encode(document))
+    else:
+        _print_engines(keys, preference)
+    if names and built.failures:  # what was asked for by name is missing
+        sys.exit(DeviceError.exit_code)
+
+
+def _print_engines(keys: dict[str, EngineKey], preference: Preference | None) -> None:
     for name, key in keys.items():
         click.echo(f"{name}: {key}")
     if preference is not None:

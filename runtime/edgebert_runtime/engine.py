@@ -16,16 +16,27 @@ from edgebert_runtime.profiles import profiles_of
 from edgebert_runtime.tensorrt_api import Flavour
 from edgebert_runtime.tensorrt_build import BuildOptions
 
-__all__ = ["EngineKey", "bundled_keys", "difference", "unusable", "wanted_key"]
+__all__ = [
+    "EngineKey",
+    "bundled_keys",
+    "difference",
+    "lean_runtimes",
+    "unbuildable",
+    "unusable",
+    "wanted_key",
+]
 
 _RTX_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 """GPUs that an engine of TensorRT for RTX 1.7 runs on, besides newer ones (so its library says on
 any other); Orin's 8.7 and Hopper's 9.0 are none of them. Turing (7.5) would need an engine that is
 built for it alone, so it is served by TensorRT."""
-_RTX_PLATFORMS = {("linux", "x86_64"), ("win32", "amd64")}
+_RTX_PLATFORMS = {("linux", "x86_64"), ("linux", "aarch64"), ("win32", "amd64")}
+"""What ``tensorrt-rtx`` 1.7.1 has wheels for; on aarch64 they need glibc 2.35."""
 _OLDEST_CAPABILITY = (7, 5)
 """GPUs from Turing on: TensorRT dropped Volta with 10.5, and edgebert does so for all of them."""
 _AMPERE = 8
+_JETSON_CAPABILITIES = ((7, 2), (8, 7), (11, 0))
+"""Xavier, Orin and Thor, which TensorRT's hardware compatibility leaves out."""
 
 
 class EngineKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -129,13 +140,61 @@ def difference(found: EngineKey, wanted: EngineKey) -> str | None:
 
 
 def _serves_version(found: EngineKey, wanted: EngineKey) -> bool:
-    before, after = _release(found.version), _release(wanted.version)
+    before, after = _release(found.version)[:3], _release(wanted.version)[:3]
     return found.options.version_compatible and before[:1] == after[:1] and before <= after
 
 
 def _serves_gpu(found: EngineKey, wanted: EngineKey) -> bool:
-    capability = wanted.compute_capability.split(".")
-    return found.options.hardware_compatible and int(capability[0] or 0) >= _AMPERE
+    capability = _release(wanted.compute_capability)
+    is_served = capability[:1] >= (_AMPERE,) and capability not in _JETSON_CAPABILITIES
+    return found.options.hardware_compatible and is_served
+
+
+def lean_runtimes(key: EngineKey, version: str) -> tuple[str, ...]:
+    """Returns the names that the lean runtime which an engine needs may have, best first.
+
+    None if TensorRT's ``version`` is of the release that built it. Else it must be the lean runtime
+    of the very release that did (``IRuntime::loadRuntime``). Its file's name has the first three
+    numbers of that release; the name with the major version alone is all that some packages have,
+    and may be another release's: that one refuses the engine.
+    """
+    if _release(key.version)[:3] == _release(version)[:3]:
+        return ()
+    release = [str(number) for number in _release(key.version)]
+    if key.platform.startswith("win32"):
+        return (f"nvinfer_lean_{release[0]}.dll",)
+    return (f"libnvinfer_lean.so.{'.'.join(release[:3])}", f"libnvinfer_lean.so.{release[0]}")
+
+
+def unbuildable(flavour: Flavour, facts: DeviceFacts, options: BuildOptions) -> str | None:
+    """Says why engines cannot be built with these options here; ``None`` if they can.
+
+    The machine has the flavour and, but for ``rtx``, a GPU; ``unusable`` says so.
+    """
+    if flavour == "rtx":
+        if not (options.version_compatible or options.hardware_compatible):
+            return None
+        return (
+            "engines for TensorRT-RTX run on every GPU that it supports, and never with another "
+            "release of it: leave out --version-compatible and --hardware-compatible"
+        )
+    gpu = facts.gpu
+    if not options.hardware_compatible or gpu is None:
+        return None
+    # In a container, nothing but the GPU says that this is a Jetson.
+    capability = gpu.compute_capability
+    if facts.jetson or (gpu.integrated and capability in _JETSON_CAPABILITIES):
+        return (
+            f"TensorRT builds no engines for other GPUs on a Jetson, found {gpu.name}: leave out "
+            "--hardware-compatible"
+        )
+    if capability[0] < _AMPERE:
+        return (
+            f"engines for every GPU from Ampere on (compute capability {_AMPERE}.0) are built on "
+            f"one of those, found {gpu.name} with {'.'.join(map(str, capability))}: leave out "
+            "--hardware-compatible"
+        )
+    return None
 
 
 def unusable(flavour: Flavour, facts: DeviceFacts, *, building: bool = False) -> str | None:
@@ -152,7 +211,8 @@ def unusable(flavour: Flavour, facts: DeviceFacts, *, building: bool = False) ->
         return found.fault or f"{module} does not tell its version"
     if flavour == "rtx" and (facts.system, facts.machine.lower()) not in _RTX_PLATFORMS:
         return (
-            f"TensorRT-RTX {found.version} runs on x86-64 Linux and Windows, found {facts.platform}"
+            f"TensorRT-RTX {found.version} runs on Linux (x86-64, aarch64) and on Windows "
+            f"(x86-64), found {facts.platform}"
         )
     if flavour == "rtx" and building:
         return None

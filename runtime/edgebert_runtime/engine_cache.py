@@ -4,7 +4,7 @@ An engine is a file named by its key's digest, renamed into place when it is who
 
     engines/<digest>.engine        a line of JSON (its key, size and SHA-256), and the engine
     engines/<digest>.kernels       kernels that TensorRT for RTX compiled for it on this device
-    engines/timing-<digest>.cache  TensorRT's timing cache, by TensorRT and GPU
+    engines/timing-<digest>.cache  TensorRT's timing cache, by TensorRT, GPU and power mode
     engines/preferred-<…>.json     which variant of a bundle was measured to be the fastest
     engines/lock                   held by the process that builds
 
@@ -88,9 +88,13 @@ class EngineCache:
         dated = sorted(self.directory.glob("*.engine"), key=_last_use, reverse=True)
         return [entry for path in dated if (entry := _read_entry(path)) is not None]
 
+    def entry(self, key: EngineKey) -> CachedEngine | None:
+        """Returns what is known of an engine; ``None`` if it is not there, or not all of it."""
+        return _read_entry(self._path(key))
+
     def has(self, key: EngineKey) -> bool:
         """Whether an engine is there, as far as can be told without reading all of it."""
-        return _read_entry(self._path(key)) is not None
+        return self.entry(key) is not None
 
     def read(self, key: EngineKey) -> bytes:
         """Returns an engine's bytes, which have just been checked.
@@ -192,25 +196,33 @@ class EngineCache:
         """Where it is kept which variant of a bundle was measured to be the fastest here."""
         return self.directory / f"preferred-{flavour}-{digest[:32]}.json"
 
-    def read_timings(self, key: EngineKey) -> bytes | None:
-        """Returns TensorRT's timing cache for this TensorRT and GPU; ``None`` if there is none."""
+    def read_timings(self, key: EngineKey, gpu: str, power_mode: str | None) -> bytes | None:
+        """Returns TensorRT's timing cache, or ``None`` if there is none.
+
+        Args:
+            key: Names the TensorRT and the compute capability.
+            gpu: Name of the GPU: those of one capability differ in how fast a kernel is.
+            power_mode: Of the Jetson, now: times hold for none but the one they were taken in.
+        """
         try:
-            stored = self._timings(key).read_bytes()
+            stored = self._timings(key, gpu, power_mode).read_bytes()
         except OSError:
             return None
         data = stored[_HASH_BYTES:]
         return data if hashlib.sha256(data).digest() == stored[:_HASH_BYTES] else None
 
-    def write_timings(self, key: EngineKey, data: bytes) -> None:
+    def write_timings(self, key: EngineKey, gpu: str, power_mode: str | None, data: bytes) -> None:
         """Keeps TensorRT's timing cache; if that cannot be, the next build measures anew."""
         with suppress(OSError):
-            write_whole(self._timings(key), hashlib.sha256(data).digest(), data)
+            path = self._timings(key, gpu, power_mode)
+            write_whole(path, hashlib.sha256(data).digest(), data)
 
     def _path(self, key: EngineKey) -> Path:
         return self.directory / f"{key.digest}.engine"
 
-    def _timings(self, key: EngineKey) -> Path:
-        name = hashlib.sha256(str((key.version, key.platform, key.compute_capability)).encode())
+    def _timings(self, key: EngineKey, gpu: str, power_mode: str | None) -> Path:
+        where = (key.version, key.platform, key.compute_capability, gpu, power_mode)
+        name = hashlib.sha256(str(where).encode())
         return self.directory / f"timing-{name.hexdigest()[:16]}.cache"
 
     def _unwritable(self, exc: OSError) -> DeviceError:

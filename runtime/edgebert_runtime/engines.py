@@ -15,9 +15,16 @@ from numpy.typing import NDArray
 
 from edgebert_runtime.cache import write_whole
 from edgebert_runtime.cuda import Cuda
-from edgebert_runtime.engine import EngineKey, bundled_keys, unusable, wanted_key
+from edgebert_runtime.engine import (
+    EngineKey,
+    bundled_keys,
+    lean_runtimes,
+    unbuildable,
+    unusable,
+    wanted_key,
+)
 from edgebert_runtime.engine_cache import CachedEngine, EngineCache
-from edgebert_runtime.errors import BundleError, DeviceError, InputError
+from edgebert_runtime.errors import BundleError, DeviceError, InputError, ModelRefusedError
 from edgebert_runtime.manifest import Manifest, Profile, Variant
 from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour, import_tensorrt
 from edgebert_runtime.tensorrt_build import BuildOptions, build_engine, needed_memory_bytes
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
     from edgebert_runtime.facts import DeviceFacts
 
 __all__ = [
+    "BuiltEngines",
     "EngineTiming",
     "Preference",
     "available_engines",
@@ -67,6 +75,18 @@ class EngineTiming(msgspec.Struct, frozen=True, kw_only=True):
     p99_ms: float
 
 
+class BuiltEngines(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``build_engines`` made of a bundle's variants.
+
+    Attributes:
+        keys: Of the engines that are there now, by variant.
+        failures: Why there is none, by variant.
+    """
+
+    keys: dict[str, EngineKey]
+    failures: dict[str, str]
+
+
 class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which variant was the fastest on this machine.
 
@@ -75,7 +95,8 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         variant: Its name.
         timings: What was measured.
         gpu: Name of the GPU; an engine for RTX runs on many, and its key names none.
-        power_mode: Of the Jetson, at that time.
+        power_mode: Of the Jetson, at that time; in another, another may be the fastest.
+        compared: Names of the variants that were in the running.
     """
 
     engine: EngineKey
@@ -83,6 +104,11 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     timings: tuple[EngineTiming, ...]
     gpu: str | None = None
     power_mode: str | None = None
+    compared: tuple[str, ...] = ()
+
+    def holds_for(self, keys: dict[str, EngineKey]) -> bool:
+        """Whether these engines, and no others, were compared."""
+        return set(self.compared) == set(keys) and keys.get(self.variant) == self.engine
 
 
 def available_engines(bundle: Bundle, cache: EngineCache) -> list[EngineKey]:
@@ -110,6 +136,8 @@ def read_preference(
     wanted = wanted_key(bundle.manifest, variant, flavour, facts)
     if facts.gpu is None or preference.gpu != facts.gpu.name:
         return None
+    if preference.power_mode != _power_mode(facts):
+        return None
     same = ("flavour", "version", "platform", "compute_capability", "model_sha256")
     if any(getattr(preference.engine, name) != getattr(wanted, name) for name in same):
         return None
@@ -130,14 +158,18 @@ def build_engines(
     *,
     variants: Sequence[Variant] | None = None,
     options: BuildOptions | None = None,
+    first_only: bool = False,
     force: bool = False,
     log: Callable[[str], None] = lambda line: None,
     say: Callable[[str], None] = lambda line: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     available_bytes: Callable[[], int | None] | None = None,
     trt: Any = None,
-) -> dict[str, EngineKey]:
+) -> BuiltEngines:
     """Builds the engines of a bundle that are not in the cache yet.
+
+    One that cannot be built does not keep the others from it: TensorRT may take a model in FP16
+    and not in INT8 (NVIDIA/TensorRT#4832, on Orin).
 
     Args:
         bundle: Whose models.
@@ -146,28 +178,24 @@ def build_engines(
         cache: Where engines are kept.
         variants: Which; all that are for the flavour if left out.
         options: How.
-        force: Whether to build engines anew that are there.
+        first_only: Whether one engine will do: of the first of ``variants`` that can be built.
+        force: Whether to build engines anew that are there, and to measure kernels anew for them.
         log: Called with each line that TensorRT logs.
         say: Called with what is being done.
         on_progress: Called with a build's steps done and known.
         available_bytes: Tells how much memory is free, ``None`` if nobody knows.
         trt: The flavour's module; it is imported if left out.
 
-    Returns:
-        Keys of the engines, by variant.
-
     Raises:
-        InputError: The flavour does not have these options.
+        InputError: The flavour or this machine does not have these options.
         DeviceError: This machine cannot build them, has too little memory free, or has a TensorRT
-            that does not take the model.
+            that does not take the models: not a single one.
         BundleError: The bundle has nothing to build them from.
     """
     options = options or BuildOptions()
-    if flavour == "rtx" and (options.version_compatible or options.hardware_compatible):
-        raise InputError(
-            "engines for TensorRT-RTX run on every GPU that it supports, and never with another "
-            "release of it: leave out --version-compatible and --hardware-compatible"
-        )
+    refusal = unbuildable(flavour, facts, options)
+    if refusal is not None:
+        raise InputError(refusal)
     reason = unusable(flavour, facts, building=True)
     if reason is not None:
         raise DeviceError(f"{flavour}: {reason}")
@@ -180,40 +208,78 @@ def build_engines(
                 f"{variant.name} is for {' or '.join(variant.devices)}, not for {flavour}"
             )
     module = import_tensorrt(flavour) if trt is None else trt
+    gpu, power_mode = facts.gpu.name if facts.gpu else "", _power_mode(facts)
     found: dict[str, EngineKey] = {}
+    faults: dict[str, DeviceError] = {}
     for variant in chosen:
-        key = found[variant.name] = wanted_key(bundle.manifest, variant, flavour, facts, options)
+        if found and first_only:
+            break
+        key = wanted_key(bundle.manifest, variant, flavour, facts, options)
         if key in bundled_keys(bundle.manifest) and not force:
             say(f"{variant.name}: the bundle brings an engine for {key}")
+            found[variant.name] = key
             continue
         with cache.building(key, say) as needed:
             if not (needed or force):
                 say(f"{variant.name}: there is an engine for {key} already")
+                _say_power_mode(cache.entry(key), power_mode, say)
+                found[variant.name] = key
                 continue
             model = bundle.read(variant.model)
-            _check_memory(len(model), flavour, options, facts, (available_bytes or _available)())
-            say(f"{variant.name}: building for {key}")
-            built = build_engine(
-                module,
-                flavour,
-                model,
-                key.profiles,
-                options,
-                timing_cache=cache.read_timings(key),
-                log=log,
-                on_progress=on_progress,
-            )
+            try:
+                available = (available_bytes or _available)()
+                _check_memory(len(model), flavour, options, facts, available)
+                say(f"{variant.name}: building for {key}")
+                built = build_engine(
+                    module,
+                    flavour,
+                    model,
+                    key.profiles,
+                    options,
+                    timing_cache=None if force else cache.read_timings(key, gpu, power_mode),
+                    log=log,
+                    on_progress=on_progress,
+                )
+            except DeviceError as exc:
+                # Without its frames: what they hold is memory that the next build needs.
+                faults[variant.name] = exc.with_traceback(None)
+                continue
             entry = cache.write(
-                key,
-                built.engine,
-                gpu=facts.gpu.name if facts.gpu else "",
-                seconds=built.seconds,
-                power_mode=facts.jetson.power_mode if facts.jetson else None,
+                key, built.engine, gpu=gpu, seconds=built.seconds, power_mode=power_mode
             )
             if built.timing_cache is not None:
-                cache.write_timings(key, built.timing_cache)
+                cache.write_timings(key, gpu, power_mode, built.timing_cache)
             say(f"{variant.name}: {_described(entry)}")
-    return found
+            found[variant.name] = key
+    if not found:
+        raise _joined(faults, "no engine could be built")
+    return BuiltEngines(keys=found, failures={name: str(exc) for name, exc in faults.items()})
+
+
+def _joined(faults: dict[str, DeviceError], what: str) -> DeviceError:
+    """Makes one error of what is wrong with each variant."""
+    if len(faults) == 1:
+        return next(iter(faults.values()))
+    refused = all(isinstance(exc, ModelRefusedError) for exc in faults.values())
+    kind = ModelRefusedError if refused else DeviceError
+    said = "; ".join(f"{name}: {exc}" for name, exc in faults.items())
+    return kind(f"{what}: {said}")
+
+
+def _power_mode(facts: DeviceFacts) -> str | None:
+    """The Jetson's power mode: times mean nothing in another one."""
+    return facts.jetson.power_mode if facts.jetson else None
+
+
+def _say_power_mode(
+    entry: CachedEngine | None, power_mode: str | None, say: Callable[[str], None]
+) -> None:
+    """Says of an engine that its kernels were chosen in another power mode, if they were."""
+    if entry is not None and entry.power_mode != power_mode:
+        say(
+            f"its kernels were chosen in power mode {entry.power_mode or 'unknown'}, this is "
+            f"{power_mode or 'unknown'}: --force chooses anew"
+        )
 
 
 def open_engine(
@@ -222,6 +288,7 @@ def open_engine(
     cache: EngineCache,
     *,
     use_graphs: bool = True,
+    specialise_at_once: bool = False,
     trt: Any = None,
     driver: Any = None,
 ) -> TensorRTSession:
@@ -232,6 +299,8 @@ def open_engine(
         key: Of the engine.
         cache: Where it is; what was built here comes before what the bundle brings.
         use_graphs: Whether to record CUDA graphs.
+        specialise_at_once: For ``rtx``, whether a new shape waits for kernels of its own; see
+            ``TensorRTSession``.
         trt: The flavour's module; it is imported if left out.
         driver: The CUDA driver; it is imported if left out.
 
@@ -243,7 +312,6 @@ def open_engine(
     brought = bundled_keys(bundle.manifest).get(key)
     data = cache.read(key) if brought is None or cache.has(key) else bundle.read(brought.path)
     module: Any = import_tensorrt(key.flavour) if trt is None else trt
-    earlier = key.flavour == "tensorrt" and key.version != module.__version__
     return TensorRTSession(
         module,
         key.flavour,
@@ -252,7 +320,8 @@ def open_engine(
         Cuda(driver),
         use_graphs=use_graphs,
         runtime_cache=cache.kernels(key) if key.flavour == "rtx" else None,
-        lean_runtime=f"libnvinfer_lean.so.{key.version.rpartition('.')[0]}" if earlier else None,
+        specialise_at_once=specialise_at_once,
+        lean_runtimes=lean_runtimes(key, module.__version__) if key.flavour == "tensorrt" else (),
     )
 
 
@@ -346,7 +415,8 @@ def remember_preference(
         variant=variant,
         timings=tuple(timings),
         gpu=facts.gpu.name if facts.gpu else None,
-        power_mode=facts.jetson.power_mode if facts.jetson else None,
+        power_mode=_power_mode(facts),
+        compared=tuple(keys),
     )
     with suppress(OSError):  # a cache that cannot be written to: it is measured again next time
         path = cache.preference(bundle.digest, keys[variant].flavour)
@@ -355,24 +425,50 @@ def remember_preference(
 
 
 def measure_and_remember(
-    bundle: Bundle, keys: dict[str, EngineKey], facts: DeviceFacts, cache: EngineCache
+    bundle: Bundle,
+    keys: dict[str, EngineKey],
+    facts: DeviceFacts,
+    cache: EngineCache,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Preference:
     """Times the engines of ``keys`` on this machine, and notes the fastest variant.
 
+    TensorRT for RTX compiles a shape's own kernels first: those for any shape, which it has until
+    then, do not serve for long.
+
+    Args:
+        bundle: Whose engines.
+        keys: Of the engines, by variant.
+        facts: About this machine.
+        cache: Where the engines are.
+        say: Called with what is wrong with an engine, if another one can be used.
+
     Raises:
-        DeviceError: An engine cannot be used, or they do not agree.
+        DeviceError: No engine can be used, or they do not agree.
     """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_buffer(bundle.read(bundle.manifest.tokenizer))
     with ExitStack() as opened:
-        sessions = {}
+        sessions: dict[str, TensorRTSession] = {}
+        faults: dict[str, DeviceError] = {}
         for name, key in keys.items():
-            sessions[name] = open_engine(bundle, key, cache)
-            opened.callback(sessions[name].close)
+            try:
+                sessions[name] = open_engine(bundle, key, cache, specialise_at_once=True)
+            except DeviceError as exc:
+                faults[name] = exc.with_traceback(None)
+            else:
+                opened.callback(sessions[name].close)
+        if not sessions:
+            raise _joined(faults, "no engine can be used")
         profiles = bundle.manifest.profiles
         timings = measure_engines(sessions, profiles, tokenizer.get_vocab_size())
-    return remember_preference(bundle, cache, keys, timings, facts)
+    for name, fault in faults.items():
+        say(f"{name}: not measured: {fault}")
+    for name in sessions.keys() - {timing.variant for timing in timings}:
+        say(f"{name}: its answers are not finite numbers; it is not used")
+    used = {name: keys[name] for name in sessions}
+    return remember_preference(bundle, cache, used, timings, facts)
 
 
 def _check_memory(
@@ -383,15 +479,21 @@ def _check_memory(
     available: int | None,
 ) -> None:
     """Refuses to begin a build that would not fit into memory."""
-    needed = needed_memory_bytes(model_bytes, options)
+    gpu = facts.gpu if flavour == "tensorrt" else None  # RTX engines are built without one
+    is_shared = gpu is not None and gpu.integrated
+    needed = needed_memory_bytes(model_bytes, options, integrated=is_shared)
+    library = ""
+    if is_shared:
+        own = needed - needed_memory_bytes(model_bytes, options)
+        library = f" ({own / _MIB:.0f} for TensorRT's own library)"
     free = {"memory": available}
-    if flavour == "tensorrt" and facts.gpu is not None and not facts.gpu.integrated:
-        free["GPU memory"] = facts.gpu.free_bytes
+    if gpu is not None and not is_shared:
+        free["GPU memory"] = gpu.free_bytes
     for kind, found in free.items():
         if found is not None and found < needed:
             raise DeviceError(
-                f"building the engine needs about {needed / _MIB:.0f} MiB of free {kind}, found "
-                f"{found / _MIB:.0f} MiB: end other programs, or lower --workspace-mib "
+                f"building the engine needs about {needed / _MIB:.0f} MiB of free {kind}{library}, "
+                f"found {found / _MIB:.0f} MiB: end other programs, or lower --workspace-mib "
                 f"({options.workspace_mib} now)"
             )
 

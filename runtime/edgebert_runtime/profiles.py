@@ -1,4 +1,4 @@
-"""Which optimisation profile serves a batch, and how a batch that none holds is split."""
+"""Which optimisation profile serves a batch, its shape there, and how what none holds is split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from edgebert_runtime.errors import InputError
 from edgebert_runtime.manifest import Profile
 from edgebert_runtime.tensorrt_api import Flavour
 
-__all__ = ["TOKEN_MULTIPLE", "padded_length", "parts", "profiles_of"]
+__all__ = ["TOKEN_MULTIPLE", "padded_length", "padded_rows", "parts", "profiles_of"]
 
 TOKEN_MULTIPLE = 8
 """Rows are padded to a multiple of so many tokens: what FP16's and INT8's kernels are made for,
@@ -18,6 +18,16 @@ and few enough shapes for each to have a CUDA graph."""
 def padded_length(tokens: int, profile: Profile) -> int:
     """Returns how many tokens a row of ``tokens`` gets in a profile that holds it."""
     return min(-(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE, profile.max_seq)
+
+
+def padded_rows(rows: int, profile: Profile) -> int:
+    """Returns how many rows a batch of ``rows`` gets in a profile that holds it.
+
+    Powers of two up to the profile's largest batch. Each shape has a CUDA graph and a context, or
+    kernels of its own in TensorRT for RTX, and texts come in batches of every size: a profile for
+    32 rows would make 32 of them for each length, and makes 6.
+    """
+    return min(1 << (rows - 1).bit_length(), profile.max_batch)
 
 
 def profiles_of(flavour: Flavour, profiles: Sequence[Profile]) -> tuple[Profile, ...]:

@@ -245,6 +245,7 @@ class RuntimeConfig(Protocol):
     """``IRuntimeConfig`` of TensorRT for RTX."""
 
     cuda_graph_strategy: Any
+    dynamic_shapes_kernel_specialization_strategy: Any
 
     def create_runtime_cache(self) -> RuntimeCache: ...
     def set_runtime_cache(self, cache: Any, /) -> bool: ...
@@ -266,11 +267,22 @@ class GraphStrategyEnumeration(Protocol):
     def WHOLE_GRAPH_CAPTURE(self) -> Any: ...
 
 
+class SpecializationStrategyEnumeration(Protocol):
+    """``DynamicShapesKernelSpecializationStrategy``."""
+
+    @property
+    def EAGER(self) -> Any: ...
+    @property
+    def LAZY(self) -> Any: ...
+
+
 class TensorRTForRTX(TensorRT, Protocol):
     """What ``tensorrt_rtx`` has besides."""
 
     @property
     def CudaGraphStrategy(self) -> GraphStrategyEnumeration: ...
+    @property
+    def DynamicShapesKernelSpecializationStrategy(self) -> SpecializationStrategyEnumeration: ...
 
 
 def is_installed(flavour: Flavour) -> bool:

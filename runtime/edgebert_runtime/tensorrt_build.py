@@ -20,6 +20,10 @@ from edgebert_runtime.tensorrt_api import Flavour, Network, TensorRT, faults_of_
 __all__ = ["BuildOptions", "Built", "build_engine", "make_logger", "needed_memory_bytes"]
 
 _MIB = 2**20
+_LIBRARY_MIB = 1700
+"""What TensorRT's builder library takes of a memory that GPU and processor share, when it starts:
+928 for the processor and 752 for the GPU on an Orin with 10.3 (the log in NVIDIA/TensorRT#4494),
+1153 and 722 with 8.6.2 (#3640)."""
 _SAID = 5
 """How many of the parser's errors a message repeats."""
 
@@ -55,14 +59,23 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def needed_memory_bytes(model_bytes: int, options: BuildOptions) -> int:
+def needed_memory_bytes(
+    model_bytes: int, options: BuildOptions, *, integrated: bool = False
+) -> int:
     """Returns how much memory must be free to build an engine from a model of this size.
 
     The builder holds the model, the network made of it, kernels' weights in the layout it tries,
     and the engine, so about four times the model; and the workspace. ``benchmarks/engine_cost.py``
     measures it for TensorRT for RTX.
+
+    Args:
+        model_bytes: Size of the model.
+        options: How the engine is built.
+        integrated: Whether TensorRT's own library, too, takes its share of that memory: it does
+            where a GPU uses the processor's, as on a Jetson.
     """
-    return 4 * model_bytes + options.workspace_mib * _MIB + 256 * _MIB
+    library = _LIBRARY_MIB if integrated else 0
+    return 4 * model_bytes + (options.workspace_mib + 256 + library) * _MIB
 
 
 def build_engine(

@@ -30,7 +30,7 @@ from edgebert_runtime.cuda import Cuda
 from edgebert_runtime.errors import BundleError, DeviceError
 from edgebert_runtime.manifest import Profile
 from edgebert_runtime.onnx_session import check_inputs
-from edgebert_runtime.profiles import padded_length, parts
+from edgebert_runtime.profiles import padded_length, padded_rows, parts
 from edgebert_runtime.session import Inputs, Outputs
 from edgebert_runtime.tensorrt_api import (
     Engine,
@@ -69,8 +69,12 @@ class TensorRTSession:
         use_graphs: Whether to record CUDA graphs.
         runtime_cache: For ``rtx``: the file in which the kernels compiled on this device are
             kept; read if it is there, written by ``close``.
-        lean_runtime: For a version-compatible engine of an earlier release: the library of that
-            release that TensorRT runs it with. It comes from the system, never from an engine.
+        specialise_at_once: For ``rtx``: whether a shape that is new waits for the kernels that are
+            compiled for it. Without it, it is computed by kernels for any shape until they are
+            there, so that no batch is late; who measures or checks kernels means the other ones.
+        lean_runtimes: For a version-compatible engine of an earlier release: names under which the
+            library of that release that TensorRT runs it with is looked for. It comes from the
+            system, never from an engine.
         log: Called with each line that TensorRT logs.
 
     Raises:
@@ -88,7 +92,8 @@ class TensorRTSession:
         *,
         use_graphs: bool = True,
         runtime_cache: Path | None = None,
-        lean_runtime: str | None = None,
+        specialise_at_once: bool = False,
+        lean_runtimes: Sequence[str] = (),
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._lock = threading.Lock()
@@ -105,19 +110,15 @@ class TensorRTSession:
                 # TensorRT does not keep these alive.
                 self._kept: list[Any] = [make_logger(trt, log, errors)]
                 self._kept.append(trt.Runtime(self._kept[0]))
-                if lean_runtime is not None:
-                    self._kept.append(self._kept[-1].load_runtime(lean_runtime))
-                    if self._kept[-1] is None:
-                        raise DeviceError(
-                            f"{lean_runtime}, which the engine was built for, cannot be loaded: "
-                            "install it, or build the engine anew"
-                        )
-                self._engine: Engine = self._kept[-1].deserialize_cuda_engine(engine)
-                if self._engine is None:
-                    raise RuntimeError("it does not say why")
+                self._engine: Engine = self._load(engine, lean_runtimes)
                 self._tensors = _tensors(trt, self._engine, self._profiles)
                 self._make_contexts = _ContextMaker(
-                    trt, flavour, self._engine, use_graphs=use_graphs, runtime_cache=runtime_cache
+                    trt,
+                    flavour,
+                    self._engine,
+                    use_graphs=use_graphs,
+                    runtime_cache=runtime_cache,
+                    specialise_at_once=specialise_at_once,
                 )
                 self._stream = cuda.stream()
                 size = max(
@@ -133,6 +134,28 @@ class TensorRTSession:
             with suppress(DeviceError):  # the first fault is the one to tell
                 self._release()
             raise
+
+    def _load(self, data: bytes, lean_runtimes: Sequence[str]) -> Engine:
+        """Deserialises the engine, with the lean runtime of its own release if it needs one.
+
+        A file may be there under one of the names and be of another release, which refuses the
+        engine; the next name is tried then.
+        """
+        for name in lean_runtimes:
+            lean = self._kept[1].load_runtime(name)
+            engine = None if lean is None else lean.deserialize_cuda_engine(data)
+            if engine is not None:
+                self._kept.append(lean)
+                return cast("Engine", engine)
+        if lean_runtimes:
+            raise DeviceError(
+                f"the lean runtime of the TensorRT that built the engine is not installed (tried "
+                f"{', '.join(lean_runtimes)}): install it, or build the engine anew"
+            )
+        engine = self._kept[1].deserialize_cuda_engine(data)
+        if engine is None:
+            raise RuntimeError("it does not say why")
+        return cast("Engine", engine)
 
     @property
     def input_names(self) -> set[str]:
@@ -183,7 +206,7 @@ class TensorRTSession:
         """Computes what one profile holds; returns views that the next call overwrites."""
         slot = self._slots[index]
         rows, tokens = next(iter(inputs.values())).shape
-        shape = (rows, padded_length(tokens, slot.profile))
+        shape = (padded_rows(rows, slot.profile), padded_length(tokens, slot.profile))
         slot.fill(inputs, shape)
         key = (index, *shape)
         graph = self._seen.get(key)
@@ -194,7 +217,7 @@ class TensorRTSession:
         self._stream.wait()
         if self._use_graphs:
             self._remember(key)
-        return {t.name: slot.view(t, shape) for t in self._tensors if not t.is_input}
+        return {t.name: slot.view(t, shape)[:rows] for t in self._tensors if not t.is_input}
 
     @faults_of_tensorrt("TensorRT cannot compute a batch")
     def _enqueue(
@@ -308,12 +331,19 @@ class _Slot:
         return flat.reshape((rows, *row_shape))
 
     def fill(self, inputs: Inputs, shape: tuple[int, int]) -> None:
-        """Copies a batch into the host's buffers; what it does not reach is padding, and zero."""
+        """Copies a batch into the host's buffers, and fills what it does not reach.
+
+        Behind a row's tokens come zeros, which the mask hides. Rows of padding repeat the first
+        one: what is computed for them was asked for anyway, so that they can neither hold what an
+        earlier batch left nor, as rows with nothing in their mask might, give NaN.
+        """
         for tensor in self._tensors:
             if tensor.is_input:
                 view, given = self.view(tensor, shape), inputs[tensor.name]
-                view[:, : given.shape[1]] = given
-                view[:, given.shape[1] :] = 0
+                rows, tokens = given.shape
+                view[:rows, :tokens] = given
+                view[:rows, tokens:] = 0
+                view[rows:] = view[0]
 
 
 class _ContextMaker:
@@ -327,17 +357,23 @@ class _ContextMaker:
         *,
         use_graphs: bool,
         runtime_cache: Path | None,
+        specialise_at_once: bool,
     ) -> None:
         self._engine = engine
         self._how: Any = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._cache: RuntimeCache | None = None
         self._path = runtime_cache
         if flavour == "rtx":
-            strategies = cast("TensorRTForRTX", trt).CudaGraphStrategy
+            rtx = cast("TensorRTForRTX", trt)
+            graphs = rtx.CudaGraphStrategy
+            kernels = rtx.DynamicShapesKernelSpecializationStrategy
             config = cast("RtxEngine", engine).create_runtime_config()
             config.set_execution_context_allocation_strategy(self._how)
             config.cuda_graph_strategy = (
-                strategies.WHOLE_GRAPH_CAPTURE if use_graphs else strategies.DISABLED
+                graphs.WHOLE_GRAPH_CAPTURE if use_graphs else graphs.DISABLED
+            )
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                kernels.EAGER if specialise_at_once else kernels.LAZY
             )
             self._cache = config.create_runtime_cache()
             if runtime_cache is not None:

@@ -46,9 +46,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> EngineCache:
 def keys(
     flavour: Flavour, facts: DeviceFacts, bundle: Bundle, cache: EngineCache
 ) -> dict[str, EngineKey]:
-    found = build_engines(bundle, flavour, facts, cache, say=print)
-    assert {"int8-gpu", "fp16-gpu"} <= set(found)
-    return found
+    built = build_engines(bundle, flavour, facts, cache, say=print)
+    assert not built.failures and {"int8-gpu", "fp16-gpu"} <= set(built.keys)
+    return built.keys
 
 
 def logits(session: Any, batches: list[dict[str, Any]]) -> np.ndarray:
@@ -59,7 +59,9 @@ def logits(session: Any, batches: list[dict[str, Any]]) -> np.ndarray:
 def sessions(
     bundle: Bundle, keys: dict[str, EngineKey], cache: EngineCache
 ) -> Iterator[dict[str, Any]]:
-    opened = {name: open_engine(bundle, key, cache) for name, key in keys.items()}
+    opened = {
+        name: open_engine(bundle, key, cache, specialise_at_once=True) for name, key in keys.items()
+    }
     yield opened
     for session in opened.values():
         session.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from edgebert_runtime.engine import unusable
@@ -60,6 +61,7 @@ T4, L4 = gpu("Tesla T4", (7, 5), (13, 0), 16), gpu("L4", (8, 9), (13, 0), 24)
 A100 = gpu("A100", (8, 0), (13, 0), 80)
 V100 = gpu("Tesla V100", (7, 0), (12, 4), 32)
 RTX_4090, RTX_5090 = gpu("RTX 4090", (8, 9), (13, 0), 24), gpu("RTX 5090", (12, 0), (13, 0), 32)
+SPARK = gpu("NVIDIA GB10", (12, 1), (13, 0), 128)
 H200 = gpu("NVIDIA H200", (9, 0), (13, 0), 140)
 NEWER = gpu("newer than this edgebert", (13, 0), (14, 0), 32)
 RTX_GPUS = "run on compute capabilities 8.0, 8.6, 8.9, 12.0, 12.1 and newer"
@@ -85,9 +87,10 @@ def test_tensorrt_runs_on(facts: DeviceFacts) -> None:
     assert unusable("tensorrt", facts) is None
 
 
-@pytest.mark.parametrize("device", [A100, L4, RTX_4090, RTX_5090, NEWER])
+@pytest.mark.parametrize("device", [A100, L4, RTX_4090, RTX_5090, SPARK, NEWER])
 def test_tensorrt_rtx_runs_on(device: GpuFacts) -> None:
-    assert unusable("rtx", machine(device, rtx="1.7.1.116", built_for=13)) is None
+    found = machine(device, rtx="1.7.1.116", built_for=13, arm=device is SPARK)
+    assert unusable("rtx", found) is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,13 @@ def test_tensorrt_rtx_runs_on(device: GpuFacts) -> None:
         (
             "rtx",
             machine(ORIN_NANO, rtx="1.7.1.116", arm=True),
-            "TensorRT-RTX 1.7.1.116 runs on x86-64 Linux and Windows, found linux-aarch64",
+            f"{RTX_GPUS}, found Orin Nano with 8.7",
+        ),
+        (
+            "rtx",
+            msgspec.structs.replace(machine(SPARK, rtx="1.7.1.116", arm=True), system="win32"),
+            "TensorRT-RTX 1.7.1.116 runs on Linux (x86-64, aarch64) and on Windows (x86-64), found "
+            "win32-aarch64",
         ),
         (
             "rtx",

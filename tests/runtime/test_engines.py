@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,13 @@ from edgebert_runtime import BundleError, Classifier, DeviceError, InputError, M
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cli import main
 from edgebert_runtime.device import choose
-from edgebert_runtime.engine import EngineKey, bundled_keys, difference, wanted_key
+from edgebert_runtime.engine import (
+    EngineKey,
+    bundled_keys,
+    difference,
+    lean_runtimes,
+    wanted_key,
+)
 from edgebert_runtime.engine_cache import EngineCache
 from edgebert_runtime.engines import (
     EngineTiming,
@@ -38,8 +45,10 @@ from edgebert_runtime.engines import (
 from edgebert_runtime.errors import ModelRefusedError
 from edgebert_runtime.facts import DeviceFacts, GpuFacts, Jetson, TensorRTFacts
 from edgebert_runtime.manifest import Profile
-from edgebert_runtime.tensorrt_build import BuildOptions
+from edgebert_runtime.tensorrt_build import BuildOptions, needed_memory_bytes
 from edgebert_runtime.testing import FakeDriver, FakeTensorRT
+from edgebert_runtime.testing.fake_tensorrt import _OnnxParser as FakeParser
+from edgebert_runtime.testing.fake_tensorrt import _ParserError
 
 PROFILES = [
     {"max_batch": 1, "opt_batch": 1, "max_seq": 32, "opt_seq": 16},
@@ -105,9 +114,45 @@ def trt() -> FakeTensorRT:
     return FakeTensorRT(FakeDriver())
 
 
-def build(bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, **options: Any) -> Any:
+SERVER = msgspec.structs.replace(
+    ORIN,
+    gpu=msgspec.structs.replace(ORIN.gpu, name="A100", compute_capability=(8, 0), integrated=False),
+    jetson=None,
+)
+"""TensorRT on a GPU that is no Jetson."""
+MAXN = msgspec.structs.replace(ORIN, jetson=msgspec.structs.replace(ORIN.jetson, power_mode="MAXN"))
+
+
+def build(
+    bundle: Bundle,
+    cache: EngineCache,
+    trt: FakeTensorRT,
+    facts: DeviceFacts = ORIN,
+    **options: Any,
+) -> dict[str, EngineKey]:
     options.setdefault("available_bytes", lambda: None)
-    return build_engines(bundle, "tensorrt", ORIN, cache, trt=trt, **options)
+    built = build_engines(bundle, "tensorrt", facts, cache, trt=trt, **options)
+    assert built.failures == {}
+    return built.keys
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> Callable[..., None]:
+    """Lets TensorRT refuse all models but those of some variants."""
+    parse = FakeParser.parse
+
+    def choose_some(*names: str) -> None:
+        taken = [bundle.read(bundle.manifest.variant(name).model) for name in names]
+
+        def refuse(self: FakeParser, model: bytes) -> bool:
+            if model in taken:
+                return parse(self, model)
+            self._errors.append(_ParserError("no matching rules for dequantize"))
+            return False
+
+        monkeypatch.setattr(FakeParser, "parse", refuse)
+
+    return choose_some
 
 
 def test_engines_are_built_once_and_serve(
@@ -143,10 +188,55 @@ def test_timings_of_kernels_are_kept_for_the_next_build(
     bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
 ) -> None:
     key = build(bundle, cache, trt)["int8-gpu"]
-    assert cache.read_timings(key) == b"Fake GPU measured"
-    cache.write_timings(key, b"another GPU measured")  # TensorRT refuses it, and measures anew
+    assert cache.read_timings(key, "Orin", "15W") == b"Fake GPU measured"
+    assert (trt.builds, trt.measurements) == (2, 1)
+    cache.write_timings(key, "Orin", "15W", b"another GPU measured")
+    cache.directory.joinpath(f"{key.digest}.engine").unlink()
+    build(bundle, cache, trt)  # TensorRT refuses those, and measures anew
+    assert cache.read_timings(key, "Orin", "15W") == b"Fake GPU measured"
+
+
+def test_timings_hold_for_one_gpu_in_one_power_mode(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    key = build(bundle, cache, trt)["int8-gpu"]
+    assert trt.measurements == 1
+    for path in cache.directory.glob("*.engine"):
+        path.unlink()
+    build(bundle, cache, trt)
+    assert (trt.builds, trt.measurements) == (4, 1)
+    build(bundle, cache, trt, MAXN, force=True)
+    assert (trt.builds, trt.measurements) == (6, 3)
+    other = msgspec.structs.replace(ORIN, gpu=msgspec.structs.replace(ORIN.gpu, name="Orin NX"))
+    for path in cache.directory.glob("*.engine"):
+        path.unlink()
+    build(bundle, cache, trt, other)
+    assert trt.measurements == 4
+    for gpu, mode in (("Orin", "15W"), ("Orin", "MAXN"), ("Orin NX", "15W")):
+        assert cache.read_timings(key, gpu, mode) is not None
+    assert cache.read_timings(key, "Orin NX", "MAXN") is None
+
+
+def test_by_force_kernels_are_measured_anew_and_their_times_kept(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    key = build(bundle, cache, trt)["int8-gpu"]
+    # What jetson_clocks changes can't be read, so that --force may rely on nothing that was kept.
+    cache.write_timings(key, "Orin", "15W", b"Fake GPU measured at another clock")
     build(bundle, cache, trt, force=True)
-    assert cache.read_timings(key) == b"Fake GPU measured"
+    assert trt.measurements == 3
+    assert cache.read_timings(key, "Orin", "15W") == b"Fake GPU measured"
+
+
+def test_an_engine_from_another_power_mode_is_told(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    said: list[str] = []
+    build(bundle, cache, trt)
+    build(bundle, cache, trt, say=said.append)
+    assert not any("power mode" in line for line in said)
+    build(bundle, cache, trt, MAXN, say=said.append)
+    assert "its kernels were chosen in power mode 15W, this is MAXN: --force chooses anew" in said
 
 
 def test_timings_that_are_not_what_was_written_do_not_reach_tensorrt(
@@ -155,17 +245,42 @@ def test_timings_that_are_not_what_was_written_do_not_reach_tensorrt(
     key = build(bundle, cache, trt)["int8-gpu"]
     (path,) = cache.directory.glob("timing-*.cache")
     path.write_bytes(path.read_bytes()[:-1])
-    assert cache.read_timings(key) is None
-    build(bundle, cache, trt, force=True)
-    assert cache.read_timings(key) == b"Fake GPU measured"
+    assert cache.read_timings(key, "Orin", "15W") is None
+    cache.directory.joinpath(f"{key.digest}.engine").unlink()
+    build(bundle, cache, trt)
+    assert cache.read_timings(key, "Orin", "15W") == b"Fake GPU measured"
 
 
 def test_too_little_memory_is_said_before_the_build(
     bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
 ) -> None:
-    with pytest.raises(DeviceError, match=r"needs about \d+ MiB of free memory, found 100 MiB"):
+    with pytest.raises(DeviceError) as caught:
         build(bundle, cache, trt, available_bytes=lambda: 100 * 2**20)
-    assert trt.builds == 0 and cache.entries() == []
+    said = (
+        r"needs about (\d+) MiB of free memory \(1700 for TensorRT's own library\), found 100 MiB"
+    )
+    (needed, _) = re.findall(said, str(caught.value))
+    assert int(needed) > 1700 + 512 and trt.builds == 0 and cache.entries() == []
+
+
+def test_the_builder_library_needs_memory_where_the_gpu_has_none_of_its_own(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
+) -> None:
+    between = 1500 * 2**20  # enough for the model and the workspace, not for the library besides
+    with pytest.raises(DeviceError, match="for TensorRT's own library"):
+        build(bundle, cache, trt, available_bytes=lambda: between)
+    assert len(build(bundle, cache, trt, SERVER, available_bytes=lambda: between)) == 2
+    rtx = FakeTensorRT(trt.driver, "rtx", "1.7.1.116")
+    shared = msgspec.structs.replace(
+        DESKTOP,
+        gpu=msgspec.structs.replace(DESKTOP.gpu, compute_capability=(12, 1), integrated=True),
+    )
+    # Nothing of an engine for RTX is built on the GPU.
+    build_engines(bundle, "rtx", shared, cache, trt=rtx, available_bytes=lambda: between)
+    model = 500 * 2**20
+    alone = needed_memory_bytes(model, BuildOptions())
+    assert alone == needed_memory_bytes(model, BuildOptions(), integrated=False)
+    assert needed_memory_bytes(model, BuildOptions(), integrated=True) - alone == 1700 * 2**20
 
 
 def test_a_gpu_with_memory_of_its_own_must_have_enough_of_it(
@@ -193,10 +308,93 @@ def test_a_build_that_fails_leaves_nothing_and_does_not_block_the_next(
     assert len(build(bundle, cache, trt)) == 2
 
 
+@pytest.mark.parametrize("name", ["int8-gpu", "fp16-gpu"])
+def test_a_variant_that_cannot_be_built_does_not_keep_the_other_from_it(
+    bundle: Bundle,
+    cache: EngineCache,
+    trt: FakeTensorRT,
+    only: Callable[..., None],
+    name: str,
+) -> None:
+    only(name)
+    built = build_engines(bundle, "tensorrt", ORIN, cache, trt=trt, available_bytes=lambda: None)
+    ((other, failure),) = built.failures.items()
+    assert list(built.keys) == [name] and {name, other} == {"int8-gpu", "fp16-gpu"}
+    assert failure.startswith("TensorRT does not take the model: no matching rules")
+    engines = available_engines(bundle, cache)
+    assert engines == [built.keys[name]]
+    choice = choose(bundle.manifest, ORIN, engines=engines)
+    assert (choice.device, choice.variant.name) == ("tensorrt", name)
+
+
+def test_if_no_engine_can_be_built_all_reasons_are_told(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = iter([ModelRefusedError("no rules for it"), DeviceError("no tactic for it")])
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise next(reasons)
+
+    monkeypatch.setattr("edgebert_runtime.engines.build_engine", fail)
+    with pytest.raises(
+        DeviceError,
+        match="no engine could be built: int8-gpu: no rules for it; fp16-gpu: no tactic for it",
+    ) as caught:
+        build(bundle, cache, trt)
+    assert type(caught.value) is DeviceError
+
+
+def test_an_interrupt_ends_the_builds_of_all_variants(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    def interrupt(*args: Any, **options: Any) -> Any:
+        begun.append("a build")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgebert_runtime.engines.build_engine", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(bundle, cache, trt)
+    assert begun == ["a build"]
+
+
+def test_what_holds_for_all_engines_ends_the_first_build(
+    bundle: Bundle, tmp_path: Path, trt: FakeTensorRT
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DeviceError, match=r"^engines cannot be kept in"):
+        build(bundle, EngineCache(tmp_path / "file" / "engines"), trt)
+    assert trt.builds == 0
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (ORIN, "no engines for other GPUs on a Jetson, found Orin: leave out --hardware-compat"),
+        # In a container, where nothing else tells of the Jetson.
+        (msgspec.structs.replace(ORIN, jetson=None), "on a Jetson, found Orin"),
+        (
+            msgspec.structs.replace(
+                SERVER,
+                gpu=msgspec.structs.replace(SERVER.gpu, name="T4", compute_capability=(7, 5)),
+            ),
+            r"from Ampere on \(compute capability 8.0\) are built on one of those, found T4",
+        ),
+    ],
+)
+def test_an_engine_for_other_gpus_is_refused_where_tensorrt_builds_none(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, facts: DeviceFacts, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        build(bundle, cache, trt, facts, options=BuildOptions(hardware_compatible=True))
+    assert trt.builds == 0 and not cache.directory.exists()
+
+
 def test_options_are_part_of_the_key(bundle: Bundle, cache: EngineCache, trt: FakeTensorRT) -> None:
-    plain = build(bundle, cache, trt)["int8-gpu"]
+    plain = build(bundle, cache, trt, SERVER)["int8-gpu"]
     options = BuildOptions(version_compatible=True, hardware_compatible=True, workspace_mib=64)
-    other = build(bundle, cache, trt, options=options)["int8-gpu"]
+    other = build(bundle, cache, trt, SERVER, options=options)["int8-gpu"]
     assert plain.digest != other.digest and trt.builds == 4
     head = cache.read(other)
     assert b'"flags": ["EXCLUDE_LEAN_RUNTIME", "VERSION_COMPATIBLE"]' in head
@@ -211,12 +409,30 @@ def test_a_version_compatible_engine_is_run_by_the_lean_runtime_of_its_release(
     newer = msgspec.structs.replace(ORIN, tensorrt={"tensorrt": TensorRTFacts(version="10.7.0.23")})
     choice = choose(bundle.manifest, newer, engines=available_engines(bundle, cache))
     assert choice.engine == key
-    with pytest.raises(DeviceError, match=r"libnvinfer_lean.so.10.3.0, .* build the engine anew"):
-        open_engine(bundle, key, cache, trt=updated, driver=trt.driver)
-    updated.lean_runtimes = ["10.3.0.30"]
-    for module in (updated, trt):
-        open_engine(bundle, key, cache, trt=module, driver=trt.driver).close()
+    missing = (
+        r"the lean runtime of the TensorRT that built the engine is not installed \(tried "
+        r"libnvinfer_lean.so.10.3.0, libnvinfer_lean.so.10\): install it, or build the engine anew"
+    )
+    own, major = "libnvinfer_lean.so.10.3.0", "libnvinfer_lean.so.10"
+    for installed in ({}, {major: "10.7.0.23"}):  # the update's own does not run the engine
+        updated.lean_runtimes = installed
+        with pytest.raises(DeviceError, match=missing):
+            open_engine(bundle, key, cache, trt=updated, driver=trt.driver)
+    for installed in ({own: "10.3.0.30", major: "10.7.0.23"}, {major: "10.3.0.30"}):
+        updated.lean_runtimes = installed
+        open_engine(bundle, key, cache, trt=updated, driver=trt.driver).close()
+    open_engine(bundle, key, cache, trt=trt, driver=trt.driver).close()
     assert not +trt.driver.live
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "10.3.0.30", "10.3.0.post1"])
+def test_a_lean_runtime_is_looked_for_under_the_names_that_there_are(version: str) -> None:
+    key = msgspec.structs.replace(key_of(1), version=version)
+    names = ("libnvinfer_lean.so.10.3.0", "libnvinfer_lean.so.10")
+    assert lean_runtimes(key, "10.7.0.23") == lean_runtimes(key, "10.7.0") == names
+    assert lean_runtimes(key, "10.3.0") == lean_runtimes(key, "10.3.0.30") == ()
+    on_windows = msgspec.structs.replace(key, platform="win32-AMD64")
+    assert lean_runtimes(on_windows, "10.7.0.23") == ("nvinfer_lean_10.dll",)
 
 
 @pytest.mark.parametrize("option", ["version_compatible", "hardware_compatible"])
@@ -447,6 +663,25 @@ def test_every_engine_is_timed_for_every_shape(
     assert not +trt.driver.live
 
 
+def test_rtx_is_timed_with_the_kernels_of_the_shape_and_serves_without_waiting_for_them(
+    bundle: Bundle, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = FakeTensorRT(FakeDriver(compute_capability=(8, 9)), "rtx", "1.7.1.116")
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    monkeypatch.setattr("edgebert_runtime.engines._ROUNDS", 1)
+    built = build_engines(bundle, "rtx", DESKTOP, cache, available_bytes=lambda: None)
+    measure_and_remember(bundle, built.keys, DESKTOP, cache)
+    assert trt.kernels == {"EAGER"}
+    # What was compiled for it is kept for who serves.
+    assert cache.kernels(built.keys["int8-gpu"]).read_bytes() == b"kernels of the fake"
+    trt.kernels.clear()
+    session = open_engine(bundle, built.keys["int8-gpu"], cache)
+    session.run({name: np.ones((1, 8), dtype=np.int64) for name in session.input_names})
+    session.close()
+    assert trt.kernels == {"LAZY"}
+
+
 class Answering:
     """A session whose answers are given."""
 
@@ -495,23 +730,23 @@ def test_the_fastest_variant_is_preferred_where_it_was_measured(
     # What was measured of one flavour says nothing of the other.
     of_rtx = choose(bundle.manifest, ORIN, engines=engines, preferred={"rtx": "fp16-gpu"})
     assert of_rtx.variant.name == "int8-gpu"
-    # Another TensorRT has not been measured, nor another GPU, and without a GPU nothing has.
+    # Another TensorRT has not been measured, nor another GPU or power mode; without a GPU, nothing.
     newer = msgspec.structs.replace(ORIN, tensorrt={"tensorrt": TensorRTFacts(version="10.7.0")})
     assert ORIN.gpu is not None
     other = msgspec.structs.replace(ORIN, gpu=msgspec.structs.replace(ORIN.gpu, name="Orin NX"))
-    for elsewhere in (newer, other, msgspec.structs.replace(ORIN, gpu=None)):
+    for elsewhere in (newer, other, MAXN, msgspec.structs.replace(ORIN, gpu=None)):
         assert preferred_variants(bundle, cache, elsewhere) == {}
 
 
 def test_the_exact_engine_comes_before_a_compatible_one(
     bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
 ) -> None:
-    exact = build(bundle, cache, trt)["int8-gpu"]
+    exact = build(bundle, cache, trt, SERVER)["int8-gpu"]
     options = BuildOptions(version_compatible=True, hardware_compatible=True)
-    compatible = build(bundle, cache, trt, options=options)["int8-gpu"]
+    compatible = build(bundle, cache, trt, SERVER, options=options)["int8-gpu"]
     for engines in ([exact, compatible], [compatible, exact]):
-        assert choose(bundle.manifest, ORIN, engines=engines).engine == exact
-    assert choose(bundle.manifest, ORIN, engines=[compatible]).engine == compatible
+        assert choose(bundle.manifest, SERVER, engines=engines).engine == exact
+    assert choose(bundle.manifest, SERVER, engines=[compatible]).engine == compatible
 
 
 def test_without_an_engine_auto_runs_on_the_cpu_and_says_how_to_build(bundle: Bundle) -> None:
@@ -547,21 +782,27 @@ def test_an_engine_for_something_else_is_refused_with_both_sides(bundle: Bundle)
 
 
 @pytest.mark.parametrize(
-    ("built", "options", "serves"),
+    ("facts", "built", "options", "serves"),
     [
-        ({"version": "10.0.1"}, {"version_compatible": True}, True),
-        ({"version": "10.9.0"}, {"version_compatible": True}, False),  # newer than what is here
-        ({"version": "9.3.0"}, {"version_compatible": True}, False),
-        ({"compute_capability": "8.0"}, {"hardware_compatible": True}, True),
-        ({"compute_capability": "8.0"}, {}, False),
-        ({"platform": "linux-x86_64"}, {"hardware_compatible": True}, False),
+        (ORIN, {"version": "10.0.1"}, {"version_compatible": True}, True),
+        (ORIN, {"version": "10.3.0"}, {"version_compatible": True}, True),  # as some packages say
+        (ORIN, {"version": "10.9.0"}, {"version_compatible": True}, False),  # newer than here
+        (ORIN, {"version": "9.3.0"}, {"version_compatible": True}, False),
+        (SERVER, {"compute_capability": "9.0"}, {"hardware_compatible": True}, True),
+        (SERVER, {"compute_capability": "9.0"}, {}, False),
+        (SERVER, {"platform": "linux-x86_64"}, {"hardware_compatible": True}, False),
+        (ORIN, {"compute_capability": "8.0"}, {"hardware_compatible": True}, False),
     ],
 )
 def test_engines_built_to_be_compatible_serve_more_machines(
-    bundle: Bundle, built: dict[str, str], options: dict[str, bool], serves: bool
+    bundle: Bundle,
+    facts: DeviceFacts,
+    built: dict[str, str],
+    options: dict[str, bool],
+    serves: bool,
 ) -> None:
     variant = bundle.manifest.variant("int8-gpu")
-    wanted = wanted_key(bundle.manifest, variant, "tensorrt", ORIN)
+    wanted = wanted_key(bundle.manifest, variant, "tensorrt", facts)
     found = msgspec.structs.replace(wanted, options=BuildOptions(**options), **built)
     assert (difference(found, wanted) is None) == serves
 
@@ -589,6 +830,33 @@ def test_a_classifier_builds_its_engine_if_it_may(
     assert trt.builds == 1
     with Classifier.load(bundle.path, device="tensorrt") as clf:
         assert clf.choice is not None and clf.choice.variant.name == "int8-gpu"
+    assert trt.builds == 1 and not +trt.driver.live
+
+
+@pytest.mark.parametrize("device", ["auto", "tensorrt"])
+def test_a_classifier_builds_the_other_variant_if_the_first_cannot_be_built(
+    bundle: Bundle,
+    cache: EngineCache,
+    trt: FakeTensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    only: Callable[..., None],
+    device: str,
+) -> None:
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda device: ORIN)
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.engines._available", lambda: None)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    only("fp16-gpu")
+    with Classifier.load(bundle.path, device=device, build_engine=True) as clf:
+        assert clf.choice is not None and clf.choice.device == "tensorrt"
+        assert clf.choice.variant.name == "fp16-gpu"
+        assert len(clf.predict(["a great film"])) == 1
+    assert "int8-gpu: not built: TensorRT does not take the model" in caplog.text
+    # Asked for by name, it is that one or none.
+    with pytest.raises(ModelRefusedError, match=r"^TensorRT does not take"):
+        Classifier.load(bundle.path, device="tensorrt", variant="int8-gpu", build_engine=True)
     assert trt.builds == 1 and not +trt.driver.live
 
 
@@ -686,7 +954,84 @@ def test_the_command_measures_once_and_again_by_force(
     assert cache.preference(bundle.digest, "tensorrt").stat().st_mtime_ns == before
     forced = command("--force", "--json")
     assert forced.exit_code == 0 and trt.driver.calls["cuGraphLaunch"] > launched
-    assert json.loads(forced.stdout)["preference"]["power_mode"] == "15W"
+    document = json.loads(forced.stdout)
+    assert document["preference"]["power_mode"] == "15W" and document["failures"] == {}
+
+
+def test_the_command_goes_on_with_the_engines_that_can_be_built(
+    command: Callable[..., Any],
+    only: Callable[..., None],
+    trt: FakeTensorRT,
+    bundle: Bundle,
+    cache: EngineCache,
+) -> None:
+    only("fp16-gpu")
+    done = command()
+    failed = "int8-gpu: not built: TensorRT does not take the model"
+    assert done.exit_code == 0 and failed in done.stderr and "int8-gpu" not in done.stdout
+    assert "preferred: fp16-gpu" in done.stdout
+    assert preferred_variants(bundle, cache, ORIN) == {"tensorrt": "fp16-gpu"}
+    document = json.loads(command("--json").stdout)
+    assert list(document["engines"]) == ["fp16-gpu"] == [document["preference"]["variant"]]
+    assert document["failures"]["int8-gpu"].startswith("TensorRT does not take the model")
+    # What was asked for by name is missing, though the other one is there.
+    named = command("--variant", "int8-gpu", "--variant", "fp16-gpu", "--json")
+    assert named.exit_code == 1 and list(json.loads(named.stdout)["engines"]) == ["fp16-gpu"]
+    alone = command("--variant", "int8-gpu")
+    assert alone.exit_code == 1 and "error: TensorRT does not take" in alone.stderr
+    assert trt.builds == 1
+
+
+def test_an_engine_that_could_not_be_compared_before_is_measured(
+    command: Callable[..., Any],
+    only: Callable[..., None],
+    trt: FakeTensorRT,
+) -> None:
+    only("fp16-gpu")
+    assert command().exit_code == 0
+    only("fp16-gpu", "int8-gpu")
+    assert command("--variant", "int8-gpu").exit_code == 0
+    done = command("--json")
+    measured = {timing["variant"] for timing in json.loads(done.stdout)["preference"]["timings"]}
+    assert measured == {"int8-gpu", "fp16-gpu"} and trt.builds == 2
+
+
+def test_an_engine_that_cannot_be_opened_does_not_keep_the_other_from_being_measured(
+    command: Callable[..., Any], trt: FakeTensorRT, bundle: Bundle, cache: EngineCache
+) -> None:
+    command()
+    cache.preference(bundle.digest, "tensorrt").unlink()
+    trt.driver.fail("cuMemAlloc")  # for the first that is opened
+    done = command()
+    assert done.exit_code == 0 and "preferred: fp16-gpu" in done.stdout
+    assert "int8-gpu: not measured: cuMemAlloc failed: " in done.stderr
+    again = command("--json")  # memory is there again, and so is the comparison
+    timings = json.loads(again.stdout)["preference"]["timings"]
+    assert {timing["variant"] for timing in timings} == {"int8-gpu", "fp16-gpu"}
+    cache.preference(bundle.digest, "tensorrt").unlink()
+    trt.lean_runtimes, trt.__version__ = {}, "10.3.0.99"  # which loads neither
+    neither = command()
+    assert neither.exit_code == 1
+    assert "error: no engine can be used: int8-gpu: TensorRT cannot load" in neither.stderr
+    assert not +trt.driver.live
+
+
+def test_the_command_measures_anew_in_another_power_mode(
+    command: Callable[..., Any], trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command()
+    monkeypatch.setattr("edgebert_runtime.cli.gather_facts", lambda device: MAXN)
+    done = command("--json")
+    assert json.loads(done.stdout)["preference"]["power_mode"] == "MAXN" and trt.builds == 2
+    assert "--force chooses anew" in done.stderr
+
+
+def test_on_a_jetson_the_command_refuses_engines_for_other_gpus(
+    command: Callable[..., Any], trt: FakeTensorRT
+) -> None:
+    done = command("--hardware-compatible")
+    assert done.exit_code == 2 and trt.builds == 0
+    assert len(done.stderr.splitlines()) == 1 and "on a Jetson, found Orin" in done.stderr
 
 
 def test_the_log_of_a_build_that_is_ended_is_there(
@@ -700,7 +1045,7 @@ def test_the_log_of_a_build_that_is_ended_is_there(
         return False
 
     monkeypatch.setattr("edgebert_runtime.testing.fake_tensorrt._Builder._report", end)
-    done = command()
+    done = command("--variant", "int8-gpu")
     assert done.exit_code == 1 and written == ["info: Local timing cache in use\n"]
     assert "TensorRT's log: " in done.stderr and "The build was cancelled" in done.stderr
 
@@ -711,7 +1056,8 @@ def test_a_bundle_brings_engines_of_its_own(
     import hashlib
 
     desktop, trt = DESKTOP, FakeTensorRT(FakeDriver(compute_capability=(8, 9)), "rtx", "1.7.1.116")
-    keys = build_engines(bundle, "rtx", desktop, cache, trt=trt, available_bytes=lambda: None)
+    built = build_engines(bundle, "rtx", desktop, cache, trt=trt, available_bytes=lambda: None)
+    keys = built.keys
     data = cache.read(keys["int8-gpu"])
     assert [p.max_batch for p in keys["int8-gpu"].profiles] == [8, 8]  # none for single rows
     path = Path(bundle.path)
@@ -741,7 +1087,8 @@ def test_a_bundle_brings_engines_of_its_own(
     assert (choice.device, choice.variant.name) == ("rtx", "int8-gpu")
     assert choice.engine is not None
     # It is not built again, and it runs although nothing is in the cache.
-    assert build_engines(opened, "rtx", desktop, empty, trt=trt)["int8-gpu"] == choice.engine
+    again = build_engines(opened, "rtx", desktop, empty, trt=trt)
+    assert again.keys["int8-gpu"] == choice.engine
     assert not empty.has(choice.engine)
     session = open_engine(opened, choice.engine, empty, trt=trt, driver=trt.driver)
     batch = {name: np.ones((1, 8), dtype=np.int64) for name in session.input_names}

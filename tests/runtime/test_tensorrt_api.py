@@ -28,6 +28,7 @@ CLASSES = {
 ENUMERATIONS = {
     "BuilderFlag": api.BuilderFlagEnumeration,
     "CudaGraphStrategy": api.GraphStrategyEnumeration,
+    "DynamicShapesKernelSpecializationStrategy": api.SpecializationStrategyEnumeration,
     "ExecutionContextAllocationStrategy": api.StrategyEnumeration,
     "HardwareCompatibilityLevel": api.HardwareCompatibilityEnumeration,
     "ILogger": api.SeverityEnumeration,
@@ -56,6 +57,8 @@ def rtx() -> Any:
 def test_the_lists_are_not_empty() -> None:
     assert all(members(protocol) for protocol in (*CLASSES.values(), *ENUMERATIONS.values()))
     assert {"progress_monitor", "set_timing_cache"} <= members(api.BuilderConfig)
+    specialisation = "dynamic_shapes_kernel_specialization_strategy"
+    assert {"cuda_graph_strategy", specialisation} <= members(api.RuntimeConfig)
     assert {"get_tensor_name", "create_runtime_config"} <= members(api.RtxEngine)
 
 

@@ -17,7 +17,7 @@ from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cuda import Cuda
 from edgebert_runtime.manifest import Profile
 from edgebert_runtime.onnx_session import OnnxSession
-from edgebert_runtime.profiles import padded_length, parts
+from edgebert_runtime.profiles import padded_length, padded_rows, parts
 from edgebert_runtime.tensorrt_api import Flavour
 from edgebert_runtime.tensorrt_build import build_engine
 from edgebert_runtime.tensorrt_session import TensorRTSession
@@ -28,18 +28,29 @@ PROFILES = (
     Profile(max_batch=8, opt_batch=8, max_seq=32, opt_seq=16),
     Profile(max_batch=4, opt_batch=4, max_seq=60, opt_seq=60),
 )
+BATCHES_OF_32 = (
+    Profile(max_batch=1, opt_batch=1, max_seq=32, opt_seq=16),
+    Profile(max_batch=32, opt_batch=32, max_seq=32, opt_seq=16),
+)
 Batch = dict[str, Any]
 
 
 class Machine:
     """A machine with a GPU that is not there, and an engine for it."""
 
-    def __init__(self, model: bytes, flavour: Flavour = "tensorrt", **gpu: Any) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        flavour: Flavour = "tensorrt",
+        *,
+        profiles: tuple[Profile, ...] = PROFILES,
+        **gpu: Any,
+    ) -> None:
         self.driver = FakeDriver(**gpu)
         self.trt = FakeTensorRT(self.driver, flavour)
         self.flavour: Flavour = flavour
         self.lines: list[str] = []
-        self.engine = build_engine(self.trt, flavour, model, PROFILES).engine
+        self.engine = build_engine(self.trt, flavour, model, profiles).engine
 
     def open(self, **options: Any) -> TensorRTSession:
         return TensorRTSession(
@@ -147,6 +158,38 @@ def test_a_shape_is_recorded_the_second_time_and_launched_from_the_third(
     assert calls["cuGraphLaunch"] == 3
     check(session, reference, batch_of(4, 25))
     assert calls["cuGraphLaunch"] == 3
+    session.close()
+
+
+def test_batches_of_every_size_share_a_few_graphs(model: bytes, reference: OnnxSession) -> None:
+    machine = Machine(model, profiles=BATCHES_OF_32)
+    session = machine.open(profiles=BATCHES_OF_32)
+    graphs = machine.driver.live
+    for tokens in (16, 24):
+        before = graphs["executable graphs"]
+        for rows in [*range(1, 33)] * 2:
+            check(session, reference, batch_of(rows, tokens, seed=rows))
+        assert graphs["executable graphs"] - before == 6  # of 1, 2, 4, 8, 16 and 32 rows
+    session.close()
+    assert machine.left_over() == {}
+
+
+def test_rows_of_padding_repeat_the_first_and_nothing_of_an_earlier_batch(
+    machine: Machine,
+) -> None:
+    session = machine.open()
+    session.run(batch_of(8, 32, seed=1))
+    batch = batch_of(5, 27, seed=2)
+    slot = session._slots[1]
+    slot.fill(batch, (8, 32))
+    for tensor in (tensor for tensor in session._tensors if tensor.is_input):
+        held = slot.view(tensor, (8, 32))
+        np.testing.assert_array_equal(held[:5, :27], batch[tensor.name])
+        np.testing.assert_array_equal(held[5:], held[[0, 0, 0]])
+        assert not held[:, 27:].any()
+    assert slot.view(next(t for t in session._tensors if t.name == "attention_mask"), (8, 32))[
+        :, 0
+    ].all()  # no row without a token to look at
     session.close()
 
 
@@ -432,6 +475,12 @@ def test_rows_are_padded_to_a_multiple_of_eight_within_the_profile(
     tokens: int, expected: int
 ) -> None:
     assert padded_length(tokens, PROFILES[2]) == expected
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (2, 2), (3, 4), (5, 8), (9, 12), (12, 12)])
+def test_rows_are_padded_to_a_power_of_two_within_the_profile(rows: int, expected: int) -> None:
+    profile = Profile(max_batch=12, opt_batch=12, max_seq=8, opt_seq=8)
+    assert padded_rows(rows, profile) == expected
 
 
 # What builds engines: nothing that a callback or the library raises is lost.

@@ -88,6 +88,11 @@ class _GraphStrategy(enum.Enum):
     WHOLE_GRAPH_CAPTURE = 1
 
 
+class _SpecializationStrategy(enum.Enum):
+    LAZY = 0
+    EAGER = 1
+
+
 class _Named:
     """What has a ``name``: a data type, or a network's input."""
 
@@ -104,9 +109,11 @@ class FakeTensorRT:
         version: As ``__version__``.
 
     Attributes:
-        lean_runtimes: Releases whose lean runtime is installed.
+        lean_runtimes: Lean runtimes that are installed: the release of each, by its file's name.
         live: How many engines and contexts there are.
         builds: How many engines were built.
+        measurements: How many of them had their kernels timed, as no timing cache knew them.
+        kernels: Whose kernels ran, of an engine for RTX: ``LAZY`` are those for any shape.
     """
 
     ILogger = _Logger
@@ -118,6 +125,7 @@ class FakeTensorRT:
     HardwareCompatibilityLevel = _Level
     ExecutionContextAllocationStrategy = _Strategy
     CudaGraphStrategy = _GraphStrategy
+    DynamicShapesKernelSpecializationStrategy = _SpecializationStrategy
 
     def __init__(
         self, driver: FakeDriver, flavour: Flavour = "tensorrt", version: str = "10.3.0.30"
@@ -126,7 +134,9 @@ class FakeTensorRT:
         self.driver = driver
         self.flavour = flavour
         self.builds = 0
-        self.lean_runtimes: list[str] = []
+        self.measurements = 0
+        self.kernels: set[str] = set()
+        self.lean_runtimes: dict[str, str] = {}
         self.objects: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
@@ -272,6 +282,7 @@ class _BuilderConfig:
     def measure(self, model: bytes) -> None:
         """Notes in the timing cache what a build would have measured."""
         if self.cache is not None and not self.cache.measured:
+            self._trt.measurements += 1
             self.cache.measured = self._device() + b" measured"
 
 
@@ -348,9 +359,8 @@ class _Runtime:
         self._version = version or trt.__version__
 
     def load_runtime(self, path: str) -> _Runtime | None:
-        for version in self._trt.lean_runtimes:
-            if path == f"libnvinfer_lean.so.{version.rpartition('.')[0]}":
-                return _Runtime(self._trt, self._logger, version)
+        if path in self._trt.lean_runtimes:
+            return _Runtime(self._trt, self._logger, self._trt.lean_runtimes[path])
         self._logger.log(_Logger.ERROR, f"{path}: cannot open shared object file")
         return None
 
@@ -394,6 +404,7 @@ class _RuntimeConfig:
 
     def __init__(self) -> None:
         self.cuda_graph_strategy = _GraphStrategy.DISABLED
+        self.dynamic_shapes_kernel_specialization_strategy = _SpecializationStrategy.LAZY
         self.strategy = _Strategy.STATIC
         self.cache: _RuntimeCache | None = None
 
@@ -454,18 +465,18 @@ class _Engine:
         return _RuntimeConfig()
 
     def create_execution_context(self, how: _Strategy | _RuntimeConfig) -> _Context:
-        strategy = how.strategy if isinstance(how, _RuntimeConfig) else how
-        if strategy is not _Strategy.USER_MANAGED:
+        config = how if isinstance(how, _RuntimeConfig) else None
+        if (how if config is None else config.strategy) is not _Strategy.USER_MANAGED:
             raise Misuse("the context would allocate memory of its own")
-        return _Context(self, how.cache if isinstance(how, _RuntimeConfig) else None)
+        return _Context(self, config)
 
 
 class _Context:
     """``IExecutionContext``."""
 
-    def __init__(self, engine: _Engine, cache: _RuntimeCache | None) -> None:
+    def __init__(self, engine: _Engine, config: _RuntimeConfig | None) -> None:
         self._engine = engine
-        self._cache = cache
+        self._config = config
         self._profile: int | None = None
         self._switching: tuple[StreamState, int] | None = None
         self._memory = (0, 0)
@@ -532,8 +543,11 @@ class _Context:
         if stream.recording is not None and self._ready != shapes:
             return self._refuse("the first run after a change of shapes cannot be recorded")
         self._ready = shapes
-        if self._cache is not None:
-            self._cache.kernels = self._cache.kernels or b"kernels of the fake"
+        if self._config is not None:
+            kernels = self._config.dynamic_shapes_kernel_specialization_strategy
+            engine.trt.kernels.add(kernels.name)
+            if self._config.cache is not None:
+                self._config.cache.kernels = self._config.cache.kernels or b"kernels of the fake"
         stream.enqueue(_work(weakref.ref(self), engine.session, shapes, addresses, (memory, size)))
         return True
 
