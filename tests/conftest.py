@@ -162,6 +162,14 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory, sentences: list[dict[
     return _write_tiny_bundle(root / "single", checkpoint, TASKS["single"])
 
 
+_PAIRS = [
+    ("Good.", "Bad."),
+    ("The train was late again.", "It came on time."),
+    ("A long and winding sentence about nothing in particular, which goes on.", "Short."),
+]
+"""Texts of several lengths, for the known answers."""
+
+
 def _write_tiny_bundle(path: Path, checkpoint: Checkpoint, task: Task) -> Path:
     provenance = Provenance(
         edgebert="0.1.0",
@@ -181,5 +189,6 @@ def _write_tiny_bundle(path: Path, checkpoint: Checkpoint, task: Task) -> Path:
         max_length=64,
         variants={"fp32": VariantSource(model, ("cpu", "cuda"))},
         provenance=provenance,
+        texts=_PAIRS if task.text_pair else [first for first, _ in _PAIRS],
     )
     return bundle.path

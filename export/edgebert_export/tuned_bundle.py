@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -20,10 +21,11 @@ import msgspec
 
 from edgebert_export.cpu_kernels import CANDIDATES
 from edgebert_export.errors import ExportError
+from edgebert_export.known_answers import encode_known_answers, expect, open_variant
 from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
 from edgebert_runtime.errors import InputError
+from edgebert_runtime.known_answers import read_known_answers
 from edgebert_runtime.manifest import (
-    FORMAT_VERSION,
     FileEntry,
     Tuning,
     Variant,
@@ -72,13 +74,13 @@ def write_tuned(
     if added is not None:
         variant, contents[variant.model] = added
         variants = (*variants, variant)
+    contents[manifest.known_answers] = _known_answers(bundle, variants, contents)
     for path, data in contents.items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_bytes(data)
     data = encode_manifest(
         msgspec.structs.replace(
             manifest,
-            format_version=FORMAT_VERSION,
             variants=variants,
             tunings=(*others, tuning),
             files=tuple(
@@ -92,6 +94,28 @@ def write_tuned(
     written = Bundle.open(out)
     written.verify()
     return written
+
+
+def _known_answers(
+    bundle: Bundle, variants: Sequence[Variant], contents: Mapping[str, bytes]
+) -> bytes:
+    """Adds what a new variant answers to a bundle's known answers, and drops what is gone."""
+    answers, manifest = read_known_answers(bundle), bundle.manifest
+    names = {spec.name for spec in manifest.inputs}
+    expected = dict(answers.expected)
+    for variant in variants:
+        if variant.name not in expected:
+            session = open_variant(contents[variant.model], variant.devices)
+            expected[variant.name] = expect(
+                answers.batches,
+                session,
+                names,
+                manifest.pad_token_id,
+                answers.expected[answers.reference],
+            )
+            session.close()
+    kept = {variant.name: expected[variant.name] for variant in variants}
+    return encode_known_answers(answers.batches, kept, answers.reference)
 
 
 def bring_back(target: Path) -> None:

@@ -9,9 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edgebert_export.checkpoint import Checkpoint, load_tokenizer
+from edgebert_export.checkpoint import Checkpoint, checkpoint_encoder, load_tokenizer
+from edgebert_export.known_answers import (
+    draw_batches,
+    encode_known_answers,
+    expect,
+    open_variant,
+)
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
+from edgebert_runtime.encoder import Text
+from edgebert_runtime.known_answers import Expected
 from edgebert_runtime.manifest import (
     FORMAT_VERSION,
     EngineEntry,
@@ -25,7 +33,9 @@ from edgebert_runtime.manifest import (
     encode_manifest,
 )
 
-__all__ = ["EngineSource", "VariantSource", "write_bundle"]
+__all__ = ["KNOWN_ANSWERS", "EngineSource", "VariantSource", "write_bundle"]
+
+KNOWN_ANSWERS = "known_answers.json"
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ def write_bundle(
     max_length: int,
     variants: Mapping[str, VariantSource],
     provenance: Provenance,
+    texts: Sequence[Text],
     profiles: Sequence[Profile] = (),
     engines: Sequence[EngineSource] = (),
 ) -> Bundle:
@@ -74,6 +85,7 @@ def write_bundle(
         max_length: Longest input in tokens.
         variants: By name, in order of preference; at least one, all with the same inputs.
         provenance: Where it comes from.
+        texts: Real texts, whose lengths and tokens the known answers have.
         profiles: Shapes that engines are built for.
         engines: Engines that were built ahead of time.
 
@@ -91,6 +103,10 @@ def write_bundle(
                 name=variant, model=path, precision=source.model.precision, devices=source.devices
             )
         )
+    inputs = next(iter(variants.values())).model.input_names()
+    (out / KNOWN_ANSWERS).write_bytes(
+        _known_answers(checkpoint, task, max_length, inputs, variants, texts)
+    )
     listed_engines: list[EngineEntry] = []
     for engine in engines:
         (out / "engines").mkdir(exist_ok=True)
@@ -114,16 +130,18 @@ def write_bundle(
         pad_token_id=checkpoint.pad_token_id,
         inputs=tuple(
             TensorSpec(name=input_name, dtype="int64", shape=("batch", "seq"))
-            for input_name in next(iter(variants.values())).model.input_names()
+            for input_name in inputs
         ),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", len(task.labels))),),
         variants=tuple(listed),
+        known_answers=KNOWN_ANSWERS,
         profiles=tuple(profiles),
         engines=tuple(listed_engines),
         files=_entries(
             out,
             [
                 "tokenizer.json",
+                KNOWN_ANSWERS,
                 *(item.model for item in listed),
                 *(item.path for item in listed_engines),
             ],
@@ -136,6 +154,31 @@ def write_bundle(
     bundle = Bundle.open(out)
     bundle.verify()
     return bundle
+
+
+def _known_answers(
+    checkpoint: Checkpoint,
+    task: Task,
+    max_length: int,
+    inputs: Sequence[str],
+    variants: Mapping[str, VariantSource],
+    texts: Sequence[Text],
+) -> bytes:
+    encoder = checkpoint_encoder(
+        checkpoint, max_length=max_length, text_pair=task.text_pair, input_names=inputs
+    )
+    batches = draw_batches(texts, encoder)
+    precisions = {name: source.model.precision for name, source in variants.items()}
+    reference = next((n for n, p in precisions.items() if p == "fp32"), next(iter(variants)))
+    expected: dict[str, Expected] = {}
+    for name in sorted(variants, key=lambda name: name != reference):
+        source = variants[name]
+        session = open_variant(source.model.path.read_bytes(), source.devices)
+        expected[name] = expect(
+            batches, session, set(inputs), checkpoint.pad_token_id, expected.get(reference)
+        )
+        session.close()
+    return encode_known_answers(batches, expected, reference)
 
 
 def _entries(root: Path, paths: Sequence[str]) -> tuple[FileEntry, ...]:

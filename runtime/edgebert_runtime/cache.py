@@ -1,9 +1,10 @@
-"""The user's cache directory, and the memory there of bundles that were whole when last seen.
+"""The user's cache directory, and the memory there of what was found to be in order.
 
 Hashing every byte of a bundle takes longer than all the rest of a start. So ``Classifier.load``
 hashes the files that it parses each time, and the others only if the bundle has been written to
 since they were last hashed: size, inode, and times of modification and change of every file
-are compared. A write changes a file's change time, which programs cannot set.
+are compared. A write changes a file's change time, which programs cannot set. So it is with known
+answers: a session is held against them the first time that its arithmetic is met on this machine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from edgebert_runtime.bundle import Bundle
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["cache_dir", "is_known_whole", "remember_whole", "write_whole"]
+__all__ = [
+    "cache_dir",
+    "is_known_right",
+    "is_known_whole",
+    "remember_right",
+    "remember_whole",
+    "write_whole",
+]
 
 _MOST_REMEMBERED = 256
 
@@ -66,27 +74,53 @@ def write_whole(path: Path, *parts: bytes) -> None:
 
 def is_known_whole(bundle: Bundle) -> bool:
     """Whether every byte of ``bundle`` was checked, and no file was written to since then."""
-    try:
-        return os.path.isfile(_mark(bundle))
-    except (OSError, RuntimeError):  # no home directory, or none that may be read
-        return False
+    return _is_marked(_whole(bundle))
 
 
 def remember_whole(bundle: Bundle) -> None:
     """Notes that every byte of ``bundle`` was checked; does nothing where nothing can be kept."""
+    _remember(_whole(bundle))
+
+
+def is_known_right(*what: object) -> bool:
+    """Whether a session gave the known answers of its bundle, by all that its arithmetic is of."""
+    return _is_marked(("right", what))
+
+
+def remember_right(*what: object) -> None:
+    """Notes that a session gave the known answers; does nothing where nothing can be kept."""
+    _remember(("right", what))
+
+
+_Mark = tuple[str, object]
+"""The directory of a mark, and what is remembered."""
+
+
+def _whole(bundle: Bundle) -> _Mark:
+    return "whole", (bundle.digest, bundle.stamps)
+
+
+def _is_marked(mark: _Mark) -> bool:
+    try:
+        return os.path.isfile(_path_of(mark))
+    except (OSError, RuntimeError):  # no home directory, or none that may be read
+        return False
+
+
+def _remember(mark: _Mark) -> None:
     try:
         from pathlib import Path
 
-        mark = Path(_mark(bundle))
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-        marks = sorted(mark.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+        path = Path(_path_of(mark))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        marks = sorted(path.parent.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in marks[:-_MOST_REMEMBERED]:
             old.unlink(missing_ok=True)
-    except (OSError, RuntimeError):  # read-only, full, or no home: the next start hashes again
+    except (OSError, RuntimeError):  # read-only, full, or no home: the next start does it again
         return
 
 
-def _mark(bundle: Bundle) -> str:
-    state = repr((bundle.digest, bundle.stamps)).encode()
-    return f"{_cache_dir()}/whole/{hashlib.sha256(state).hexdigest()}"
+def _path_of(mark: _Mark) -> str:
+    directory, what = mark
+    return f"{_cache_dir()}/{directory}/{hashlib.sha256(repr(what).encode()).hexdigest()}"

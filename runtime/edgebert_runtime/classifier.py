@@ -19,7 +19,12 @@ import numpy as np
 
 from edgebert_runtime.batching import Gatherer, by_length
 from edgebert_runtime.bundle import Bundle
-from edgebert_runtime.cache import is_known_whole, remember_whole
+from edgebert_runtime.cache import (
+    is_known_right,
+    is_known_whole,
+    remember_right,
+    remember_whole,
+)
 from edgebert_runtime.device import Choice, DeviceFacts, choose, gather_facts
 from edgebert_runtime.encoder import Encoded, Text, TextEncoder
 from edgebert_runtime.errors import BundleError, DeviceError, EdgebertError, InputError
@@ -271,7 +276,7 @@ class Classifier:
                         bundle, chosen, facts, on_progress, any_variant=variant is None
                     )
                 encoder.begin()
-                return _start_engine(bundle, chosen), chosen
+                return _start_engine(bundle, chosen, facts), chosen
             path = chosen.variant.model
             file = model.result() if model and path == likely else bundle.read_model(path)
             session = OnnxSession(
@@ -279,6 +284,7 @@ class Classifier:
             )
             bundle.check_unchanged(path)
             _check_belongs(session, bundle)
+            _check_answers(session, bundle, chosen, facts)
             return session, chosen
 
         def start_worker_session() -> Session:
@@ -287,7 +293,7 @@ class Classifier:
             bundle.check_unchanged(path)
             return session
 
-        def choose_again(failed: Mapping[str, str]) -> Choice:
+        def choose_again(failed: Mapping[tuple[str, str], str]) -> Choice:
             return choose_for(
                 bundle,
                 facts,
@@ -508,6 +514,13 @@ class Classifier:
                 f"the model gave logits of shape {found.shape} for {count} texts and "
                 f"{self._columns} labels; model and manifest do not belong together"
             )
+        # Infinities of both signs make it NaN. Of finite numbers it is not, but in a rare overflow.
+        if not math.isfinite(np.add.reduce(found, axis=None)) and not np.isfinite(found).all():
+            where = "" if self.choice is None else f" of {self.choice.variant.name}"
+            raise DeviceError(
+                f"an output{where} is not a finite number: the device computes wrongly; see "
+                "edgebert-rt verify BUNDLE"
+            )
         self._answered.append((count, truncated))
         if len(self._answered) > _MOST_UNCOUNTED:
             self._count()
@@ -632,7 +645,7 @@ def choose_for(
     *,
     tuning: Tuning | None = None,
     build_engine: bool = False,
-    failed: Mapping[str, str] = MappingProxyType({}),
+    failed: Mapping[tuple[str, str], str] = MappingProxyType({}),
 ) -> Choice:
     """Chooses what of a bundle runs on this machine; see ``choose`` for what it raises."""
     tuned = {} if tuning is None else {"cpu": tuning.variant}
@@ -686,15 +699,41 @@ def _with_built_engine(
     return msgspec.structs.replace(choice, variant=variant, engine=engine)
 
 
-def _start_engine(bundle: Bundle, choice: Choice) -> Session:
-    """Opens the engine that was chosen."""
+def _start_engine(bundle: Bundle, choice: Choice, facts: DeviceFacts) -> Session:
+    """Opens the engine that was chosen, once it has given the known answers on this machine."""
     from edgebert_runtime.engine_cache import EngineCache
-    from edgebert_runtime.engines import open_engine
+    from edgebert_runtime.engines import arithmetic_of, open_engine, open_verified
 
     assert choice.engine is not None
-    session = open_engine(bundle, choice.engine, EngineCache())
+    cache = EngineCache()
+    if not is_known_right(*arithmetic_of(bundle, choice.engine, facts, cache)):
+        open_verified(bundle, choice.engine, choice.variant.name, facts, cache).close()
+    session = open_engine(bundle, choice.engine, cache)
     _check_belongs(session, bundle)
     return session
+
+
+def arithmetic_of_onnx_runtime(
+    bundle: Bundle, choice: Choice, facts: DeviceFacts
+) -> tuple[str, ...]:
+    """Returns what a session's answers are of, for ``is_known_right``: libraries and processor."""
+    processor = processor_kind() if choice.device == "cpu" else f"{facts.driver} {facts.gpus}"
+    return bundle.digest, choice.variant.name, choice.device, *facts.onnxruntime, processor
+
+
+def _check_answers(session: Session, bundle: Bundle, choice: Choice, facts: DeviceFacts) -> None:
+    """Holds a session against the known answers, unless this machine has done so before."""
+    what = arithmetic_of_onnx_runtime(bundle, choice, facts)
+    if is_known_right(*what):
+        return
+    from edgebert_runtime.known_answers import verify  # few starts need it
+
+    try:
+        verify(session, bundle, choice.variant.name, choice.device)
+    except BaseException:
+        session.close()
+        raise
+    remember_right(*what)
 
 
 def _likely_model(manifest: Manifest, device: str, variant: str | None) -> str | None:
@@ -714,22 +753,23 @@ def _warn(message: str, *args: object) -> None:
 def _start_session(
     choice: Choice,
     start: Callable[[Choice], tuple[Session, Choice]],
-    choose_again: Callable[[Mapping[str, str]], Choice] | None,
+    choose_again: Callable[[Mapping[tuple[str, str], str]], Choice] | None,
 ) -> tuple[Session, Choice]:
     """Starts what was chosen; if that fails and there may be another choice, takes it, loudly."""
-    failed: dict[str, str] = {}
+    failed: dict[tuple[str, str], str] = {}
     while True:
+        first = choice.device, choice.variant.name
         try:
             return start(choice)
         except DeviceError as exc:
             if choose_again is None:
                 raise
-            failed[choice.device] = str(exc)
+            failed[first] = str(exc)
         # Out of the except clause, so that what the exception holds on to is freed.
-        first, choice = choice.device, choose_again(failed)
+        choice = choose_again(failed)
         _warn(
             "falling back to %s, variant %s: %s: %s",
-            choice.device, choice.variant.name, first, failed[first],
+            choice.device, choice.variant.name, first[0], failed[first],
         )  # fmt: skip
 
 

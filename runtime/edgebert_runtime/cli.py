@@ -319,6 +319,34 @@ def _lines_of(path: str) -> list[str]:
     return lines
 
 
+@click.command(short_help="Hold what a bundle computes here against its known answers.")
+@_bundle_argument
+@_session_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def verify(
+    bundle: str, device: str, variant: str | None, threads: int | None, as_json: bool
+) -> None:
+    """Run BUNDLE's known inputs on this machine, and say how far the outputs are off.
+
+    Without --device and --variant, everything that runs here is verified: each variant on each of
+    its devices. Ends with 1 if an output is wrong.
+    """
+    from edgebert_runtime.bundle import Bundle
+    from edgebert_runtime.verify import verify_here
+
+    found = verify_here(Bundle.open(bundle), device=device, variant=variant, threads=threads)
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        for item in found.verified:
+            click.echo(printable(str(item)))
+    for name, reason in found.not_run.items():
+        click.echo(f"not run: {name}: {printable(reason)}", err=True)
+    if not all(item.passed for item in found.verified):
+        click.echo("error: this machine computes wrongly what is marked as wrong", err=True)
+        sys.exit(DeviceError.exit_code)
+
+
 @click.command()
 @_bundle_argument
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
@@ -498,6 +526,7 @@ def doctor(bundle: str | None, as_json: bool) -> None:
     """Say what this machine offers and, for a BUNDLE, what would run here and why."""
     from edgebert_runtime.bundle import Bundle
     from edgebert_runtime.classifier import choose_for, tuning_for
+    from edgebert_runtime.verify import is_verified
 
     opened = None if bundle is None else Bundle.open(bundle)
     facts = gather_facts(look_for_gpu=True)
@@ -518,6 +547,9 @@ def doctor(bundle: str | None, as_json: bool) -> None:
             click.echo(printable(line))
         if choice is not None:
             click.echo(f"would run: {choice.variant.name} on {choice.device}")
+            right = opened is not None and is_verified(opened, choice, facts)
+            known = "given here" if right else "not asked for here yet; edgebert-rt verify does"
+            click.echo(f"known answers: {known}")
             for reason in choice.passed_over:
                 click.echo(f"passed over: {printable(reason)}")
             if choice.device == "cpu":
@@ -569,7 +601,7 @@ def _described(facts: DeviceFacts) -> Iterator[str]:
         yield f"ONNX Runtime: {', '.join(facts.onnxruntime)}; {', '.join(facts.providers)}"
 
 
-COMMANDS: tuple[click.Command, ...] = (predict, bench, engine, inspect, doctor)
+COMMANDS: tuple[click.Command, ...] = (predict, verify, bench, engine, inspect, doctor)
 
 
 @click.group(cls=CommandGroup)

@@ -70,7 +70,7 @@ def choose(
     *,
     engines: Collection[EngineKey] = (),
     preferred: Mapping[str, str] = MappingProxyType({}),
-    failed: Mapping[str, str] = MappingProxyType({}),
+    failed: Mapping[tuple[str, str], str] = MappingProxyType({}),
     build_engine: bool = False,
 ) -> Choice:
     """Chooses a device and a variant.
@@ -85,7 +85,7 @@ def choose(
         variant: Name of the variant to run, instead of the device's best.
         engines: Those that are there, in the bundle and in the cache.
         preferred: The variant that was measured to be the fastest here, by device; it comes first.
-        failed: Why a device that was chosen before did not start, by device.
+        failed: Why what was chosen before did not start, by device and variant.
         build_engine: Whether TensorRT may be chosen without an engine, to build one.
 
     Raises:
@@ -108,12 +108,14 @@ def choose(
     for name in _BEST_FIRST if device == "auto" else [n for n in _BEST_FIRST if n == device]:
         fitting = [candidate for candidate in candidates if name in candidate.devices]
         fitting.sort(key=lambda item: item.name != preferred.get(name))
+        tried = [failed[name, item.name] for item in fitting if (name, item.name) in failed]
+        fitting = [item for item in fitting if (name, item.name) not in failed]
+        passed_over += [f"{name}: {reason}" for reason in tried]
         if name in {"tensorrt", "rtx"} and device == "auto" and name not in facts.tensorrt:
             continue  # nobody who did not install it wants to hear of it
         if not fitting:
-            passed_over.append(f"{name}: {_NO_VARIANT}{_hint(candidates, variant)}")
-        elif name in failed:
-            passed_over.append(f"{name}: {failed[name]}")
+            if not tried:
+                passed_over.append(f"{name}: {_NO_VARIANT}{_hint(candidates, variant)}")
         elif name == "tensorrt" or name == "rtx":
             found = _with_engine(
                 manifest, facts, name, fitting, engines=engines, build_engine=build_engine
@@ -129,7 +131,8 @@ def choose(
         else:
             return Choice(device=name, variant=fitting[0], passed_over=tuple(passed_over))
     if facts.onnxruntime_fault is not None and device not in {"tensorrt", "rtx"}:
-        others = [r for r in passed_over if r.startswith(("tensorrt", "rtx", *failed))]
+        devices = {device for device, _ in failed}
+        others = [r for r in passed_over if r.startswith(("tensorrt", "rtx", *devices))]
         raise MissingExtraError("; ".join([facts.onnxruntime_fault, *others]))
     raise DeviceError("no way to run this bundle here: " + "; ".join(passed_over))
 

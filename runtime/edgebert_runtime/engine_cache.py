@@ -96,6 +96,11 @@ class EngineCache:
         """Whether an engine is there, as far as can be told without reading all of it."""
         return self.entry(key) is not None
 
+    def sha256(self, key: EngineKey) -> str | None:
+        """Returns the hash that an engine was written with; ``None`` if it is not there."""
+        entry = _read_entry(self._path(key))
+        return None if entry is None else entry.sha256
+
     def read(self, key: EngineKey) -> bytes:
         """Returns an engine's bytes, which have just been checked.
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from edgebert_runtime.cache import write_whole
+from edgebert_runtime.cache import remember_right, write_whole
 from edgebert_runtime.cuda import Cuda
 from edgebert_runtime.engine import (
     EngineKey,
@@ -25,6 +24,7 @@ from edgebert_runtime.engine import (
 )
 from edgebert_runtime.engine_cache import CachedEngine, EngineCache
 from edgebert_runtime.errors import BundleError, DeviceError, InputError, ModelRefusedError
+from edgebert_runtime.known_answers import verify
 from edgebert_runtime.manifest import Manifest, Profile, Variant
 from edgebert_runtime.tensorrt_api import FLAVOURS, Flavour, import_tensorrt
 from edgebert_runtime.tensorrt_build import BuildOptions, build_engine, needed_memory_bytes
@@ -38,12 +38,14 @@ __all__ = [
     "BuiltEngines",
     "EngineTiming",
     "Preference",
+    "arithmetic_of",
     "available_engines",
     "build_engines",
     "fastest",
     "measure_and_remember",
     "measure_engines",
     "open_engine",
+    "open_verified",
     "preferred_variants",
     "read_preference",
     "remember_preference",
@@ -54,9 +56,6 @@ _MIB = 2**20
 _ROUNDS = 30
 _WARM_UP = 5
 _SEED = 7
-_MOST_DIFFERENCE = 0.2
-"""Mean difference of engines' tanh(logits): 0.01 between INT8 and FP16 of the example's model in
-ONNX Runtime, 0.6 between either and an engine that answers zeros."""
 
 
 class EngineTiming(msgspec.Struct, frozen=True, kw_only=True):
@@ -325,25 +324,53 @@ def open_engine(
     )
 
 
+def arithmetic_of(
+    bundle: Bundle, key: EngineKey, facts: DeviceFacts, cache: EngineCache
+) -> tuple[str, ...]:
+    """Returns what an engine's answers are of, for ``is_known_right``: its bytes, driver, GPU."""
+    brought = bundled_keys(bundle.manifest).get(key)
+    sha256 = cache.sha256(key)
+    if sha256 is None and brought is not None:
+        (sha256,) = (f.sha256 for f in bundle.manifest.files if f.path == brought.path)
+    gpu = facts.gpu.name if facts.gpu is not None else ""
+    return bundle.digest, key.digest, sha256 or "", facts.driver or "", gpu
+
+
+def open_verified(
+    bundle: Bundle, key: EngineKey, variant: str, facts: DeviceFacts, cache: EngineCache
+) -> TensorRTSession:
+    """Opens an engine that gives the bundle's known answers, which is found out now.
+
+    TensorRT for RTX computes with each shape's own kernels, as it does once it has compiled them;
+    they are kept for sessions that serve.
+
+    Raises:
+        DeviceError: It cannot be loaded, or does not give them.
+        BundleError: As ``open_engine`` does; or the known answers cannot be read.
+        MissingExtraError: As ``open_engine`` does.
+    """
+    session = open_engine(bundle, key, cache, specialise_at_once=True)
+    try:
+        verify(session, bundle, variant, key.flavour)
+    except BaseException:
+        session.close()
+        raise
+    remember_right(*arithmetic_of(bundle, key, facts, cache))
+    return session
+
+
 def measure_engines(
     sessions: dict[str, TensorRTSession], profiles: Sequence[Profile], vocabulary: int
 ) -> list[EngineTiming]:
     """Times engines side by side, each profile at the shape it is fastest at, in turns.
 
-    An engine whose answers are not finite numbers (FP16 that overflows, say) gets no timing.
-
     Args:
-        sessions: By variant.
+        sessions: By variant; each gives the bundle's known answers.
         profiles: Shapes.
         vocabulary: Token ids are below it; what they are makes no difference to the time.
-
-    Raises:
-        DeviceError: No engine's answers are finite, or they differ from one engine to the other:
-            nobody can tell which of them is right.
     """
     random = np.random.default_rng(_SEED)
     taken: dict[tuple[str, Profile], list[float]] = {}
-    answers: dict[str, list[NDArray[Any]]] = {name: [] for name in sessions}
     for profile in profiles:
         shape = (profile.opt_batch, profile.opt_seq)
         batch = {
@@ -355,15 +382,10 @@ def measure_engines(
             for name, session in sessions.items():
                 inputs = {key: batch[key] for key in session.input_names}
                 start = time.perf_counter()
-                found = session.run(inputs)["logits"]
+                session.run(inputs)
                 if turn >= _WARM_UP:
                     seconds = time.perf_counter() - start
                     taken.setdefault((name, profile), []).append(seconds * 1000)
-                else:
-                    answers[name].append(found.ravel())
-    joined = {name: np.concatenate(found) for name, found in answers.items()}
-    finite = {name: found for name, found in joined.items() if np.isfinite(found).all()}
-    _check_agreement(finite)
     return [
         EngineTiming(
             variant=name,
@@ -372,23 +394,7 @@ def measure_engines(
             p99_ms=float(np.percentile(times, 99)),
         )
         for (name, profile), times in taken.items()
-        if name in finite
     ]
-
-
-def _check_agreement(answers: dict[str, NDArray[Any]]) -> None:
-    """Refuses engines whose answers to the same batches are not nearly the same."""
-    if not answers:
-        raise DeviceError("the answers of the engines are not finite numbers: build them anew")
-    (first, expected), *others = answers.items()
-    for name, found in others:
-        # Of what the logits say: where they are large, a difference between them means nothing.
-        difference = float(np.abs(np.tanh(found) - np.tanh(expected)).mean())
-        if difference > _MOST_DIFFERENCE:
-            raise DeviceError(
-                f"the engines of {first} and {name} answer differently (by {difference:.2f} on "
-                "average): one of them computes wrongly here; build them anew with --force"
-            )
 
 
 def fastest(timings: Sequence[EngineTiming]) -> str:
@@ -444,7 +450,7 @@ def measure_and_remember(
         say: Called with what is wrong with an engine, if another one can be used.
 
     Raises:
-        DeviceError: No engine can be used, or they do not agree.
+        DeviceError: No engine can be used.
     """
     from tokenizers import Tokenizer
 
@@ -454,7 +460,7 @@ def measure_and_remember(
         faults: dict[str, DeviceError] = {}
         for name, key in keys.items():
             try:
-                sessions[name] = open_engine(bundle, key, cache, specialise_at_once=True)
+                sessions[name] = open_verified(bundle, key, name, facts, cache)
             except DeviceError as exc:
                 faults[name] = exc.with_traceback(None)
             else:
@@ -465,8 +471,6 @@ def measure_and_remember(
         timings = measure_engines(sessions, profiles, tokenizer.get_vocab_size())
     for name, fault in faults.items():
         say(f"{name}: not measured: {fault}")
-    for name in sessions.keys() - {timing.variant for timing in timings}:
-        say(f"{name}: its answers are not finite numbers; it is not used")
     used = {name: keys[name] for name in sessions}
     return remember_preference(bundle, cache, used, timings, facts)
 

@@ -98,6 +98,7 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
         gpu: The GPU; ``None`` if there is none that can be used, or nobody asked.
         gpu_fault: Why there is no ``gpu``.
         driver: Version of the NVIDIA driver, if the system tells.
+        gpus: Models of the GPUs, as far as the driver's files tell; empty on a Jetson.
         tensorrt: Flavours that are installed, by name.
         jetson: On a Jetson, what it says of itself.
     """
@@ -112,6 +113,7 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     gpu: GpuFacts | None = None
     gpu_fault: str | None = None
     driver: str | None = None
+    gpus: tuple[str, ...] = ()
     tensorrt: dict[str, TensorRTFacts] = msgspec.field(default_factory=dict)
     jetson: Jetson | None = None
 
@@ -217,6 +219,7 @@ def gather_facts(
         gpu=gpu,
         gpu_fault=gpu_fault,
         driver=_driver_version(root),
+        gpus=_gpu_models(root),
         tensorrt=tensorrt,
         jetson=_jetson(root),
     )
@@ -284,6 +287,17 @@ def _driver_version(root: str) -> str | None:
     text = _read(f"{root}/proc/driver/nvidia/version")
     match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
     return match[1] if match else None
+
+
+def _gpu_models(root: str) -> tuple[str, ...]:
+    """Reads which GPUs the kernel module found."""
+    place = f"{root}/proc/driver/nvidia/gpus"
+    try:
+        entries = sorted(os.listdir(place))  # noqa: PTH208 - names are all it needs
+    except OSError:
+        return ()
+    texts = [_read(f"{place}/{entry}/information") for entry in entries]
+    return tuple(match[1] for text in texts if (match := re.search(r"Model:\s*(\S.*)", text)))
 
 
 def _jetson(root: str) -> Jetson | None:

@@ -32,9 +32,7 @@ __all__ = [
     "encode_manifest",
 ]
 
-FORMAT_VERSION = 3
-_READABLE = (1, 2, FORMAT_VERSION)
-"""Version 2 added FP16 and TensorRT, 3 tunings: what older ones say means the same in it."""
+FORMAT_VERSION = 4
 
 _MOST_TOKENS = 2**20
 _MOST_ROWS = 2**16
@@ -255,7 +253,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     """The whole of ``manifest.json``.
 
     Attributes:
-        format_version: ``FORMAT_VERSION``, or an older one; read before anything else.
+        format_version: ``FORMAT_VERSION``; read before anything else.
         name: What the recipe calls the model.
         task: What the model answers.
         tokenizer: Path of the ``tokenizers`` JSON file in the bundle.
@@ -264,6 +262,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         inputs: The model's inputs, each ``int64[batch, seq]``.
         outputs: The model's outputs; ``logits`` is ``float32[batch, labels]``.
         variants: In order of preference.
+        known_answers: Path of the file with what the variants are known to answer.
         profiles: Shapes that engines are built for, by the lengths of the calibration texts.
         engines: Engines that are in the bundle.
         tunings: What is fastest on the kinds of processor that the bundle was tuned on.
@@ -280,6 +279,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     variants: tuple[Variant, ...]
+    known_answers: str
     profiles: tuple[Profile, ...] = ()
     engines: tuple[EngineEntry, ...] = ()
     tunings: tuple[Tuning, ...] = ()
@@ -294,7 +294,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
             raise ValueError("a file is listed twice")
         models = (variant.model for variant in self.variants)
         engines = (engine.path for engine in self.engines)
-        for needed in (self.tokenizer, *models, *engines):
+        for needed in (self.tokenizer, self.known_answers, *models, *engines):
             if needed not in paths:
                 raise ValueError(f"{needed} is used but not listed under files")
         names = [variant.name for variant in self.variants]
@@ -309,8 +309,6 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         self._check_tensors()
 
     def _check_engines(self) -> None:
-        if self.format_version == 1 and (self.profiles or self.engines):
-            raise ValueError("a bundle of format_version 1 has neither profiles nor engines")
         if self.profiles and max(profile.max_seq for profile in self.profiles) != self.max_length:
             raise ValueError("the longest profile must be as long as max_length")
         fitting = {v.name for v in self.variants if "rtx" in v.devices}
@@ -321,8 +319,6 @@ class Manifest(_Strict, frozen=True, kw_only=True):
             raise ValueError("engines need profiles")
 
     def _check_tunings(self) -> None:
-        if self.format_version < 3 and self.tunings:
-            raise ValueError(f"a bundle of format_version {self.format_version} has no tunings")
         fitting = {v.name for v in self.variants if "cpu" in v.devices}
         for tuning in self.tunings:
             if tuning.variant not in fitting:
@@ -390,11 +386,10 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
         version = msgspec.json.decode(data, type=Version).format_version
     except _UNREADABLE as exc:
         raise BundleError(f"{source}: manifest.json is not a bundle's manifest: {exc}") from exc
-    if version not in _READABLE:
+    if version != FORMAT_VERSION:
         raise BundleError(
-            f"{source}: format_version {version} is unknown; this edgebert reads "
-            f"{_READABLE[0]} to {FORMAT_VERSION}. Use the edgebert-runtime that belongs to the "
-            "bundle."
+            f"{source}: format_version {version} is unknown; this edgebert reads {FORMAT_VERSION}. "
+            "Use the edgebert-runtime that belongs to the bundle, or export it anew."
         )
     try:
         json.loads(data, object_pairs_hook=_refuse_repeats)

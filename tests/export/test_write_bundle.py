@@ -56,6 +56,7 @@ def write(
     tiny_classifiers: dict[str, Checkpoint],
     tasks: dict[str, Task],
     onnx_models: dict[str, OnnxModel],
+    texts_for: dict[str, list[Any]],
 ) -> Callable[..., Bundle]:
     def run(
         out: Path, name: str = "single", variants: dict[str, VariantSource] | None = None
@@ -68,6 +69,7 @@ def write(
             max_length=64,
             variants=variants or {"fp32": VariantSource(onnx_models[name], ("cpu", "cuda"))},
             provenance=PROVENANCE,
+            texts=texts_for[name][:20],
         )
 
     return run

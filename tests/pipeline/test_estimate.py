@@ -86,6 +86,7 @@ def bundle(
             seed=None,
             versions={},
         ),
+        texts=["a great film", "a dull, endless mess"],
     ).path
 
 
