@@ -142,6 +142,16 @@ def tiny_classifiers(
 
 
 @pytest.fixture(scope="session")
+def fusable_classifier(
+    tmp_path_factory: pytest.TempPathFactory, sentences: list[dict[str, Any]]
+) -> Checkpoint:
+    """A tiny classifier whose heads are as large as TensorRT needs them to fuse attention: 16."""
+    texts = [row["text"] for row in sentences]
+    path = tmp_path_factory.mktemp("fusable") / "checkpoint"
+    return make_checkpoint(path, texts, TASKS["single"], layers=3, hidden=64)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundles(
     tmp_path_factory: pytest.TempPathFactory, tiny_classifiers: dict[str, Checkpoint]
 ) -> dict[str, Path]:

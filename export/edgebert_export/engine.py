@@ -236,11 +236,14 @@ def refusal(built: EngineBuild, required: Literal["require", "report"]) -> str |
             f"({reason}); install the release that edgebert was tested with, or set engine.audit "
             '= "report"'
         )
-    said = found.breaches() if required == "require" else found.wrong_numbers()
+    wrong = found.wrong_numbers()
+    said = found.breaches() if required == "require" else wrong
     if not said:
         return None
-    return f"{built.variant}: the engine by TensorRT-RTX {built.version} is refused: " + "; ".join(
-        said
+    mend = "" if wrong else '; engine.audit = "report" takes it as it is'
+    return (
+        f"{built.variant}: the engine by TensorRT-RTX {built.version} is refused: "
+        f"{'; '.join(said)}{mend}"
     )
 
 

@@ -7,7 +7,7 @@ cut or lost, must end as "not understood": a kernel that is not seen would pass 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -22,6 +22,8 @@ _WAITS = frozenset({"wait"})
 _OTHERS = frozenset({"shape_call", "signal"})
 """What computes shapes on the host, and the other half of a wait: no kernels."""
 
+_TYPES = frozenset({"BFloat16", "Bool", "Float", "Half", "Int32", "Int64", "Int8", "UInt8"})
+
 _LINE = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], "
     r"Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], "
@@ -34,7 +36,9 @@ _TENSOR = re.compile(
 _PLACE = re.compile(r".*_myl(?P<profile>\d+)_(?P<index>\d+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\x1f]+)\]")
 _BETWEEN_NODES = "\x1f"
-_INPUT = re.compile(r" Name: (?P<name>.*?), IOMode: Input, .*ProfileInfo: \[(?P<profiles>.*)\]")
+_BORDER = re.compile(
+    r" Name: (?P<name>.*?), IOMode: (?P<mode>Input|Output), .*ProfileInfo: \[(?P<profiles>.*)\]"
+)
 
 
 class NotUnderstoodError(Exception):
@@ -97,7 +101,7 @@ def read_kernels(messages: Sequence[str], profiles: int) -> tuple[tuple[Kernel, 
     if _END not in lines:
         raise NotUnderstoodError("the list of kernels is cut off")
     end = lines.index(_END)
-    inputs = _read_inputs(lines[end + 1 :], profiles)
+    border = _read_border(lines[end + 1 :], profiles)
     found: list[list[Kernel]] = [[] for _ in range(profiles)]
     places = [0] * profiles
     for number, line in enumerate(lines[1:end], start=1):
@@ -116,7 +120,7 @@ def read_kernels(messages: Sequence[str], profiles: int) -> tuple[tuple[Kernel, 
         if kernel.kind not in _OTHERS:
             found[profile].append(kernel)
     for profile, kernels in enumerate(found):
-        _check_complete(kernels, inputs, profile)
+        _check_complete(kernels, border, profile)
     return tuple(map(tuple, found))
 
 
@@ -149,6 +153,9 @@ def _read_tensors(text: str, number: int) -> tuple[Tensor, ...]:
     matches = list(_TENSOR.finditer(text))
     if ",".join(match.group() for match in matches) != text:
         raise NotUnderstoodError(f"line {number} of the list of kernels has unreadable tensors")
+    for match in matches:
+        if match["type"] not in _TYPES:
+            raise NotUnderstoodError(f"line {number} of the list of kernels has {match['type']}")
     return tuple(
         Tensor(
             match["name"],
@@ -159,28 +166,33 @@ def _read_tensors(text: str, number: int) -> tuple[Tensor, ...]:
     )
 
 
-def _read_inputs(lines: Sequence[str], profiles: int) -> frozenset[str]:
-    """Reads the names of the engine's inputs; each must have the shapes of all profiles."""
-    found = [match for match in map(_INPUT.fullmatch, lines) if match is not None]
-    if not found:
-        raise NotUnderstoodError("the list of kernels does not name the engine's inputs")
-    for match in found:
-        count = match["profiles"].count("{ MinShape: ")
-        if count != profiles:
-            raise NotUnderstoodError(
-                f"the input {match['name']} has {count} profiles, the engine {profiles}"
-            )
-    return frozenset(match["name"] for match in found)
+def _read_border(lines: Sequence[str], profiles: int) -> dict[str, frozenset[str]]:
+    """Reads the names of the engine's inputs and outputs; each must be there in all profiles."""
+    found: dict[str, set[str]] = {"Input": set(), "Output": set()}
+    for line in lines:
+        if not line:
+            break
+        match = _BORDER.fullmatch(line)
+        if match is None:
+            raise NotUnderstoodError("the list of the engine's inputs and outputs is not readable")
+        if match["profiles"].count("Format: ") != profiles:
+            raise NotUnderstoodError(f"{match['name']} is not in all profiles of the engine")
+        found[match["mode"]].add(match["name"])
+    if not all(found.values()):
+        raise NotUnderstoodError("the engine's inputs and outputs are not listed")
+    return {mode: frozenset(names) for mode, names in found.items()}
 
 
-def _check_complete(kernels: Sequence[Kernel], inputs: Collection[str], profile: int) -> None:
-    """Refuses a profile in which something is read that nothing before it has written."""
-    if not kernels:
-        raise NotUnderstoodError(f"no kernel of profile {profile} is in the list")
+def _check_complete(
+    kernels: Sequence[Kernel], border: Mapping[str, Collection[str]], profile: int
+) -> None:
+    """Refuses a profile in which something is read, or given back, that nothing has written."""
     suffix = f" [profile {profile}]" if profile else ""
-    written = {name + suffix for name in inputs}
+    written = {name + suffix for name in border["Input"]}
     for kernel in kernels:
         for tensor in kernel.inputs:
             if tensor.name not in written:
                 raise NotUnderstoodError(f"nothing writes what {kernel.name} reads")
         written.update(tensor.name for tensor in kernel.outputs)
+    if not written >= {name + suffix for name in border["Output"]}:
+        raise NotUnderstoodError(f"no kernel of profile {profile} writes the engine's outputs")

@@ -113,7 +113,9 @@ class _Reader:
             for attribute in node.attribute
             if attribute.HasField("t")
         }
-        self._producer = {output: node for node in graph.node for output in node.output}
+        self._producer: dict[str, onnx.NodeProto] = {
+            output: node for node in graph.node for output in node.output
+        }
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
             for name in node.input:

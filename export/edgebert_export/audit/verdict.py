@@ -196,10 +196,14 @@ def _told(product: Int8Product, kernel: Kernel, kind: str, ran: Ran, scale: Scal
 
 
 def _multiplies_int8(kernel: Kernel) -> bool:
-    """Whether a kernel multiplies INT8 by INT8: what it reads, and its weight or what it reads."""
+    """Whether a kernel is a product of INT8 by INT8.
+
+    Only the library's own products are: a fused kernel may read two INT8 operands and make FP16 of
+    both before it multiplies them.
+    """
     read = sum(t.dtype == "Int8" for t in kernel.inputs)
     held = sum(t.dtype == "Int8" and len(t.shape) > 1 for t in kernel.constants)
-    return read > 0 and read + held > 1
+    return kernel.kind == "gemm" and read > 0 and read + held > 1
 
 
 def _check_shape(kernel: Kernel, products: Sequence[Int8Product]) -> None:
@@ -221,14 +225,14 @@ def _scale(kernel: Kernel, products: Sequence[Int8Product], words: Collection[by
     scaled by two things at once: the kernel has a factor that is not the default of 1, and the
     scales' product is among the engine's constants.
     """
-    if kernel.kind == "gemm" and {t.dtype for t in kernel.outputs} <= {"Float", "Int32", "Int8"}:
+    if {t.dtype for t in kernel.outputs} <= {"Float", "Int32", "Int8"}:
         return "inside"
     factors = [t.name for t in kernel.constants if t.dtype == "Float" and t.shape == (1,)]
     if any(_DEFAULT_SCALE in name for name in factors):
         return "after"
     scales = {product.scale for product in products}
     (scale, *others) = scales
-    if kernel.kind != "gemm" or not factors or others or scale is None:
+    if not factors or others or scale is None:
         return "undecided"
     return "inside" if holds_scalar(words, scale) else "undecided"
 
