@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from int8_forms import Form, quantised
 
 from edgebert_export.audit import Audit, audit
 from edgebert_export.audit.log import Kernel, NotUnderstoodError, read_kernels
@@ -57,21 +56,14 @@ class Made(NamedTuple):
         )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def made(
-    tmp_path_factory: pytest.TempPathFactory,
-    fusable_classifier: Checkpoint,
-    tasks: dict[str, Task],
+    tmp_path_factory: pytest.TempPathFactory, typed_models: dict[str, Path]
 ) -> dict[str, Made]:
     """Engines by the real compiler: of FP16, and of each form of INT8."""
     root = tmp_path_factory.mktemp("audit")
-    config = ExportConfig(max_length=64)
-    plain = to_onnx(fusable_classifier, tasks["single"], config, root / "fp32.onnx")
-    half = onnx.load_from_string(to_bytes(to_half(open_graph(plain.path))))
     found = {}
-    for name in ("fp16", *get_args(Form)):
-        model = root / f"{name}.onnx"
-        onnx.save(half if name == "fp16" else quantised(half, name), model)
+    for name, model in typed_models.items():
         engine = root / f"{name}.engine"
         built = build_rtx_engine(
             name, model, SHAPES, engine, version="1", platform="p", log=root / "log"

@@ -15,9 +15,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-__all__ = ["Form", "quantised"]
+__all__ = ["FORMS", "Form", "quantised"]
 
 Form = Literal["channels", "tensor", "inputs"]
+FORMS: tuple[Form, ...] = ("channels", "tensor", "inputs")
 _FEWEST = 16
 
 
