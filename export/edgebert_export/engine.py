@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from edgebert_export.audit import Audit, audit
+from edgebert_export.audit import Audit
 from edgebert_export.audit.log import SECTION
 from edgebert_export.errors import ExportError, ModelError
 from edgebert_runtime.engine import unusable
@@ -251,6 +251,8 @@ def _serve() -> None:
     """Builds the engine that the argument asks for."""
     # The library writes to standard output now and then; only answers may go there.
     import os
+
+    from edgebert_export.audit.verdict import audit  # loads onnx, which reading a recipe need not
 
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)

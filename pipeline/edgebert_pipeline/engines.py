@@ -32,6 +32,7 @@ _BUILDING = (
     "edgebert_export.audit.constants",
     "edgebert_export.audit.log",
     "edgebert_export.audit.model",
+    "edgebert_export.audit.result",
     "edgebert_export.audit.verdict",
     "edgebert_export.engine",
     "edgebert_runtime.profiles",

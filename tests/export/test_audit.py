@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgebert_export.audit import Audit, audit
+from edgebert_export.audit import Audit
 from edgebert_export.audit.log import Kernel, NotUnderstoodError, read_kernels
 from edgebert_export.audit.model import read_asked
+from edgebert_export.audit.verdict import audit
 from edgebert_export.checkpoint import Checkpoint
 from edgebert_export.engine import EngineBuild, build_rtx_engine, kernels_log, refusal
 from edgebert_export.errors import ModelError

@@ -1,5 +1,8 @@
-"""What a compiler made of a model: read from its log and from the engine, without a GPU."""
+"""What a compiler made of a model: read from its log and from the engine, without a GPU.
 
-from edgebert_export.audit.verdict import Audit, ProductAudit, ProfileAudit, audit
+``edgebert_export.audit.verdict.audit`` finds it out, and loads onnx for that.
+"""
 
-__all__ = ["Audit", "ProductAudit", "ProfileAudit", "audit"]
+from edgebert_export.audit.result import Audit, ProductAudit, ProfileAudit
+
+__all__ = ["Audit", "ProductAudit", "ProfileAudit"]
