@@ -116,6 +116,14 @@ def test_weights_that_are_dequantised_at_each_run_are_refused(made: dict[str, Ma
 
 
 @needs_rtx
+def test_attention_in_int8_is_one_kernel_that_scales_inside(made: dict[str, Made]) -> None:
+    found = made["attention"].audit
+    assert len(found.products) == 19 + 2 * 3 and found.wrong_numbers() == ()
+    fused = [product for product in found.products if product.kind == "attention"]
+    assert {product.ran for product in fused} == {"int8"} and len(fused) == 2 * found.fused > 0
+
+
+@needs_rtx
 def test_attention_that_is_not_fused_is_refused(
     tmp_path: Path, tiny_classifiers: dict[str, Checkpoint], tasks: dict[str, Task]
 ) -> None:

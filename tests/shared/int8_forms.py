@@ -4,7 +4,8 @@
 channel, so that TensorRT-RTX 1.7 stores raw integer sums as FP16. ``tensor`` is the same numbers
 in a form that it computes rightly: one power of two for the whole weight, and the rest of each
 channel's scale as a factor behind the product. ``inputs`` has a scale for each input of a layer,
-which no integer product can leave to the end: weights are dequantised at each run.
+which no integer product can leave to the end: weights are dequantised at each run. ``attention`` is
+``tensor`` with the products of attention in INT8, too.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from onnx import helper, numpy_helper
 
 __all__ = ["FORMS", "Form", "quantised"]
 
-Form = Literal["channels", "tensor", "inputs"]
-FORMS: tuple[Form, ...] = ("channels", "tensor", "inputs")
+Form = Literal["channels", "tensor", "inputs", "attention"]
+FORMS: tuple[Form, ...] = ("channels", "tensor", "inputs", "attention")
 _FEWEST = 16
 
 
@@ -33,6 +34,9 @@ def quantised(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
         if node.op_type == "MatMul"
         and node.input[1] in held
         and min(held[node.input[1]].shape) >= _FEWEST
+    ]
+    computed = [
+        node for node in graph.node if node.op_type == "MatMul" and not set(node.input) & set(held)
     ]
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in linear:
@@ -56,7 +60,7 @@ def quantised(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
             steps, scales = _rounded(held[node.input[1]], 1 if form == "inputs" else 0)
             weight_name = f"{node.name}_w"
             stored = constant(f"{node.name}_int8", steps)
-            if form != "tensor":
+            if form in {"channels", "inputs"}:
                 scale, out, behind = scales, node.output[0], []
             else:
                 scale = np.float16(2.0 ** np.ceil(np.log2(float(scales.max()))))
@@ -76,6 +80,21 @@ def quantised(model: onnx.ModelProto, form: Form) -> onnx.ModelProto:
                 helper.make_node("MatMul", [pair[1], weight_name], [out], node.name),
                 *behind,
             ]
+    for node in computed if form == "attention" else []:
+        for index, operand in enumerate(node.input):
+            name = f"{node.name}_{index}"
+            step = constant(f"{name}_step", np.float16(0.011))
+            new.setdefault(node.name, []).extend(
+                [
+                    helper.make_node(
+                        "QuantizeLinear", [operand, step, zero], [f"{name}_q"], f"{name}_q"
+                    ),
+                    helper.make_node(
+                        "DequantizeLinear", [f"{name}_q", step, zero], [f"{name}_dq"], f"{name}_dq"
+                    ),
+                ]
+            )
+            node.input[index] = f"{name}_dq"
     nodes_now = []
     for node in graph.node:
         nodes_now += new.get(node.name, [])
