@@ -142,6 +142,29 @@ def tiny_classifiers(
 
 
 @pytest.fixture(scope="session")
+def typed_models(
+    tmp_path_factory: pytest.TempPathFactory, sentences: list[dict[str, Any]]
+) -> dict[str, Path]:
+    """Models for TensorRT, ``fp16`` and each form of INT8, with heads large enough to be fused."""
+    import onnx
+    from int8_forms import FORMS, quantised
+
+    from edgebert_export.graph import open_graph, to_bytes
+    from edgebert_export.precision import to_half
+
+    root = tmp_path_factory.mktemp("typed")
+    texts = [row["text"] for row in sentences]
+    checkpoint = make_checkpoint(root / "checkpoint", texts, TASKS["single"], layers=3, hidden=64)
+    plain = to_onnx(checkpoint, TASKS["single"], ExportConfig(max_length=64), root / "fp32.onnx")
+    half = onnx.load_from_string(to_bytes(to_half(open_graph(plain.path))))
+    found = {name: root / f"{name}.onnx" for name in ("fp16", *FORMS)}
+    onnx.save(half, found["fp16"])
+    for form in FORMS:
+        onnx.save(quantised(half, form), found[form])
+    return found
+
+
+@pytest.fixture(scope="session")
 def tiny_bundles(
     tmp_path_factory: pytest.TempPathFactory, tiny_classifiers: dict[str, Checkpoint]
 ) -> dict[str, Path]:

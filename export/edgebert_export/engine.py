@@ -17,16 +17,26 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from edgebert_export.audit import Audit
+from edgebert_export.audit.log import SECTION
 from edgebert_export.errors import ExportError, ModelError
 from edgebert_runtime.engine import unusable
-from edgebert_runtime.errors import EdgebertError, ModelRefusedError
+from edgebert_runtime.errors import EdgebertError, ModelRefusedError, UsageError
 from edgebert_runtime.facts import gather_facts
 from edgebert_runtime.manifest import Profile
 from edgebert_runtime.profiles import profiles_of
 from edgebert_runtime.tensorrt_api import import_tensorrt
 from edgebert_runtime.tensorrt_build import build_engine
 
-__all__ = ["EngineBuild", "EngineConfig", "build_rtx_engine", "engine_profiles", "rtx_or_reason"]
+__all__ = [
+    "EngineBuild",
+    "EngineConfig",
+    "build_rtx_engine",
+    "engine_profiles",
+    "kernels_log",
+    "refusal",
+    "rtx_or_reason",
+]
 
 _SHARE = 0.95
 _MULTIPLE = 64
@@ -51,6 +61,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "where tensorrt-rtx is installed."
         ),
     ] = "auto"
+    audit: Annotated[
+        Literal["require", "report"],
+        Meta(
+            description="What the audit of an engine ahead of time decides: `require` fails the "
+            "build if anything is wrong with it, or the compiler's log is not understood; "
+            "`report` only if it may compute wrong numbers, and leaves what is merely slow, or "
+            "not understood, to the report."
+        ),
+    ] = "require"
 
 
 class EngineBuild(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +82,8 @@ class EngineBuild(msgspec.Struct, frozen=True, kw_only=True):
         model_bytes: Size of the ONNX model.
         size_bytes: Size of the engine.
         seconds: Of parsing and building.
-        peak_bytes: Most memory that the process held.
+        peak_bytes: Most memory that the process held, before it was audited.
+        audit: What the compiler made of the model; ``None`` in a report of an older version.
     """
 
     variant: str
@@ -73,12 +93,14 @@ class EngineBuild(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     seconds: float
     peak_bytes: int
+    audit: Audit | None = None
 
 
 class _Request(msgspec.Struct):
     model: str
     out: str
     log: str
+    kernels: str
     profiles: tuple[Profile, ...]
 
 
@@ -87,6 +109,7 @@ class _Answer(msgspec.Struct, omit_defaults=True):
     total: int = 0
     seconds: float | None = None
     peak_bytes: int = 0
+    audit: Audit | None = None
     error: str | None = None
     refused: bool = False
 
@@ -142,13 +165,13 @@ def build_rtx_engine(
     log: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EngineBuild:
-    """Builds the engine of a variant.
+    """Builds the engine of a variant, and audits it; whether it is refused is the caller's.
 
     Args:
         variant: Its name.
         model: Its ONNX model, typed FP16 or with explicit Q/DQ.
         profiles: What the bundle lists.
-        out: The file to write.
+        out: The file to write; the compiler's list of kernels goes beside it (``kernels_log``).
         version: Of TensorRT-RTX, for the result.
         platform: That it is for, for the result.
         log: The file that TensorRT's log is added to.
@@ -158,7 +181,9 @@ def build_rtx_engine(
         ModelError: TensorRT-RTX does not take the model.
         ExportError: The build failed, or its process was ended.
     """
-    request = _Request(str(model), str(out), str(log), profiles_of("rtx", profiles))
+    request = _Request(
+        str(model), str(out), str(log), str(kernels_log(out)), profiles_of("rtx", profiles)
+    )
     answer = _Answer()
     with subprocess.Popen(
         [sys.executable, "-m", "edgebert_export.engine", msgspec.json.encode(request).decode()],
@@ -185,6 +210,40 @@ def build_rtx_engine(
         size_bytes=out.stat().st_size,
         seconds=answer.seconds,
         peak_bytes=answer.peak_bytes,
+        audit=answer.audit,
+    )
+
+
+def kernels_log(engine: Path) -> Path:
+    """Returns where the compiler's list of an engine's kernels is kept."""
+    return engine.with_suffix(".kernels.log")
+
+
+def refusal(built: EngineBuild, required: Literal["require", "report"]) -> str | None:
+    """Says in one line why an engine must not ship; ``None`` if it may.
+
+    Args:
+        built: The engine.
+        required: ``EngineConfig.audit``.
+    """
+    found = built.audit
+    if found is None or found.not_understood is not None:
+        if required == "report":
+            return None
+        reason = "it was not audited" if found is None else found.not_understood
+        return (
+            f"{built.variant}: what TensorRT-RTX {built.version} made of it is not understood "
+            f"({reason}); install the release that edgebert was tested with, or set engine.audit "
+            '= "report"'
+        )
+    wrong = found.wrong_numbers()
+    said = found.breaches() if required == "require" else wrong
+    if not said:
+        return None
+    mend = "" if wrong else '; engine.audit = "report" takes it as it is'
+    return (
+        f"{built.variant}: the engine by TensorRT-RTX {built.version} is refused: "
+        f"{'; '.join(said)}{mend}"
     )
 
 
@@ -193,6 +252,8 @@ def _serve() -> None:
     # The library writes to standard output now and then; only answers may go there.
     import os
 
+    from edgebert_export.audit.verdict import audit  # loads onnx, which reading a recipe need not
+
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
 
@@ -200,6 +261,12 @@ def _serve() -> None:
         answers.write(msgspec.json.encode(answer) + b"\n")
 
     request = msgspec.json.decode(sys.argv[1], type=_Request)
+    listed: list[str] = []
+
+    def keep(message: str) -> None:
+        if message.startswith(SECTION):
+            listed.append(message)
+
     try:
         with Path(request.log).open("a", encoding="utf-8") as log:
             built = build_engine(
@@ -208,13 +275,17 @@ def _serve() -> None:
                 Path(request.model).read_bytes(),
                 request.profiles,
                 log=lambda line: print(line, file=log, flush=True),
+                verbose=keep,
                 on_progress=lambda done, total: tell(_Answer(done=done, total=total)),
             )
         Path(request.out).write_bytes(built.engine)
+        Path(request.kernels).write_text("".join(listed), encoding="utf-8")
+        peak = _peak_bytes()
+        found = audit(Path(request.model), listed, built.engine, len(request.profiles))
     except (EdgebertError, OSError) as exc:
-        tell(_Answer(error=str(exc), refused=isinstance(exc, ModelRefusedError)))
+        tell(_Answer(error=str(exc), refused=isinstance(exc, UsageError | ModelRefusedError)))
         return
-    tell(_Answer(seconds=built.seconds, peak_bytes=_peak_bytes()))
+    tell(_Answer(seconds=built.seconds, peak_bytes=peak, audit=found))
 
 
 def _peak_bytes() -> int:

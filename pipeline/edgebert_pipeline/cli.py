@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from edgebert_runtime.cli import COMMANDS, CommandGroup, check_output
 
 if TYPE_CHECKING:
     from edgebert_export.dataset import Example
+    from edgebert_pipeline.audit import Audited
     from edgebert_pipeline.scores import Evaluation
     from edgebert_runtime.manifest import Task
 
@@ -534,6 +535,76 @@ def history(directory: Path, html: Path | None, as_json: bool) -> None:
         click.echo(render_history_markdown(found), nl=False)
 
 
+@main.command(short_help="Say what TensorRT-RTX makes of ONNX models; no GPU needed.")
+@click.argument(
+    "models", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="MODEL..."
+)
+@click.option(
+    "--batch", type=click.IntRange(1, 65536), default=32, show_default=True, help="Most rows."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1, 65536),
+    default=128,
+    show_default=True,
+    help="Most tokens of a row.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def audit(models: tuple[Path, ...], batch: int, tokens: int, as_json: bool) -> None:
+    """Build engines of MODELs (ONNX files) with TensorRT-RTX, and say what became of each.
+
+    From the compiler's log and the engine's constants: which INT8 products run in INT8, whether
+    their sums are scaled before they are stored as FP16, which attentions are fused, how many
+    kernels there are. Nothing is kept. Ends with exit code 3 if an engine is refused, and with 1
+    if a log is not understood.
+    """
+    from edgebert_pipeline.audit import audit_files
+
+    _print_audited(audit_files(models, batch, tokens, _say), as_json)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _print_audited(audited: Sequence[Audited], as_json: bool) -> None:
+    from edgebert_pipeline.audit import check_audited, render_audited
+
+    click.echo(msgspec.json.encode(audited) if as_json else render_audited(audited))
+    check_audited(audited)
+
+
+def _with_audit(command: click.Command) -> click.Command:
+    """The runtime's command with an option that needs the export package."""
+    build = command.callback
+    assert build is not None
+
+    def run(audit: bool, **options: Any) -> None:
+        if not audit:
+            build(**options)
+            return
+        from edgebert_pipeline.audit import audit_bundle
+        from edgebert_runtime.errors import InputError
+
+        if options["flavour"] == "tensorrt":
+            raise InputError("an audit builds with TensorRT for RTX; leave --flavour out")
+        found = audit_bundle(options["bundle"], options["names"], _say)
+        _print_audited(found, options["as_json"])
+
+    option = click.Option(
+        ["--audit"],
+        is_flag=True,
+        help="Say what TensorRT-RTX makes of the models: needs no GPU, keeps nothing.",
+    )
+    return click.Command(
+        command.name,
+        params=[*command.params, option],
+        callback=run,
+        help=command.help,
+        short_help=command.short_help,
+    )
+
+
 @main.command()
 @click.option("--check", type=click.Path(path_type=Path), help="Validate this recipe.")
 @click.option("--reference", is_flag=True, help="Print the reference of all keys, as Markdown.")
@@ -556,4 +627,4 @@ def recipe(check: Path | None, reference: bool) -> None:
 
 
 for _command in COMMANDS:
-    main.add_command(_command)
+    main.add_command(_with_audit(_command) if _command.name == "engine" else _command)

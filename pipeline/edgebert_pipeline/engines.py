@@ -15,8 +15,10 @@ from edgebert_export.engine import (
     EngineConfig,
     build_rtx_engine,
     engine_profiles,
+    refusal,
     rtx_or_reason,
 )
+from edgebert_export.errors import ExportError
 from edgebert_export.write_bundle import EngineSource, VariantSource
 from edgebert_pipeline.build import BuildDirectory, stage_key
 from edgebert_pipeline.errors import RecipeError
@@ -27,10 +29,19 @@ __all__ = ["EngineLog", "check_engines", "profiles_for", "run_engines"]
 
 _BUILDING = (
     "edgebert_pipeline.engines",
+    "edgebert_export.audit.constants",
+    "edgebert_export.audit.log",
+    "edgebert_export.audit.model",
+    "edgebert_export.audit.result",
+    "edgebert_export.audit.verdict",
     "edgebert_export.engine",
     "edgebert_runtime.profiles",
     "edgebert_runtime.tensorrt_build",
 )
+
+
+REFUSED = "engines.refused"
+"""Directory of a build that keeps the compiler's logs of engines that were refused."""
 
 
 class EngineLog(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +108,8 @@ def run_engines(
 
     Raises:
         ModelError: TensorRT-RTX does not take a model.
-        ExportError: A build failed.
+        ExportError: A build failed, or an engine's audit refuses it; what the compiler said is
+            kept then.
     """
     chosen = {name: source for name, source in variants.items() if "rtx" in source.devices}
     here = rtx_or_reason() if config.rtx != "never" else "the recipe says so (engine.rtx)"
@@ -114,6 +126,7 @@ def run_engines(
         list(profiles),
         version,
         platform,
+        config.audit,
     )
 
     def produce(out: Path, progress: Progress) -> EngineLog:
@@ -130,8 +143,15 @@ def run_engines(
             )
             for name, source in chosen.items()
         )
+        refused = [line for found in built if (line := refusal(found, config.audit)) is not None]
+        if refused:
+            for name in chosen:
+                (out / f"{name}.engine").unlink()
+            kept = build.publish(out, REFUSED)
+            raise ExportError(f"{'; '.join(refused)}; TensorRT's kernels are listed in {kept}")
         return EngineLog(profiles=tuple(profiles), built=built)
 
+    build.withdraw(REFUSED)
     stage = build.stage(
         "engine", key, f"TensorRT-RTX {version}, of {' and '.join(chosen)}", produce
     )

@@ -98,6 +98,8 @@ class BuilderConfig(Protocol):
 
     progress_monitor: Any
     hardware_compatibility_level: Any
+    max_aux_streams: int
+    profiling_verbosity: Any
 
     def add_optimization_profile(self, profile: Any, /) -> int: ...
     def create_timing_cache(self, serialized_timing_cache: Any, /) -> TimingCache: ...
@@ -185,6 +187,13 @@ class MemoryPoolEnumeration(Protocol):
     def WORKSPACE(self) -> Any: ...
 
 
+class ProfilingVerbosityEnumeration(Protocol):
+    """``ProfilingVerbosity``."""
+
+    @property
+    def DETAILED(self) -> Any: ...
+
+
 class TensorModeEnumeration(Protocol):
     """``TensorIOMode``."""
 
@@ -201,6 +210,8 @@ class SeverityEnumeration(Protocol):
     def INFO(self) -> Any: ...
     @property
     def INTERNAL_ERROR(self) -> Any: ...
+    @property
+    def VERBOSE(self) -> Any: ...
     @property
     def WARNING(self) -> Any: ...
 
@@ -226,6 +237,8 @@ class TensorRT(Protocol):
     def NetworkDefinitionCreationFlag(self) -> Enumeration: ...
     @property
     def MemoryPoolType(self) -> MemoryPoolEnumeration: ...
+    @property
+    def ProfilingVerbosity(self) -> ProfilingVerbosityEnumeration: ...
     @property
     def TensorIOMode(self) -> TensorModeEnumeration: ...
     @property

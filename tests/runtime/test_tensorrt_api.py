@@ -33,6 +33,7 @@ ENUMERATIONS = {
     "HardwareCompatibilityLevel": api.HardwareCompatibilityEnumeration,
     "ILogger": api.SeverityEnumeration,
     "MemoryPoolType": api.MemoryPoolEnumeration,
+    "ProfilingVerbosity": api.ProfilingVerbosityEnumeration,
     "TensorIOMode": api.TensorModeEnumeration,
 }
 

@@ -490,9 +490,28 @@ def test_what_a_callback_raises_ends_the_build(machine: Machine, model: bytes) -
     def fail(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    for callback in ("log", "on_progress"):
+    for callback in ("log", "verbose", "on_progress"):
         with pytest.raises(OSError, match="no space left"):
             build_engine(machine.trt, "tensorrt", model, PROFILES, **{callback: fail})
+
+
+def test_kernels_are_told_with_their_line_breaks_to_who_asks_alone(
+    machine: Machine, model: bytes
+) -> None:
+    lines: list[str] = []
+    messages: list[str] = []
+    build_engine(machine.trt, "tensorrt", model, PROFILES, log=lines.append)
+    assert not any("Layers" in line for line in lines)
+    build_engine(
+        machine.trt, "tensorrt", model, PROFILES, log=lines.append, verbose=messages.append
+    )
+    assert messages == ["Layers:\nName: a kernel"]
+    assert not any("Layers" in line for line in lines)
+
+
+def test_an_engine_has_one_stream(machine: Machine, model: bytes) -> None:
+    engine = build_engine(machine.trt, "tensorrt", model, PROFILES).engine
+    assert b'"streams": 1' in engine
 
 
 def test_an_interrupt_ends_the_build_at_its_next_step(

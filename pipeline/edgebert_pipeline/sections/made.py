@@ -5,6 +5,7 @@ from __future__ import annotations
 from edgebert_pipeline.engines import EngineLog
 from edgebert_pipeline.parts import Cell, Column, Part, Section, Table, shorten
 from edgebert_pipeline.report import Report
+from edgebert_pipeline.sections.audit import audit_parts
 
 __all__ = [
     "data_section",
@@ -85,6 +86,9 @@ def engine_parts(log: EngineLog) -> list[Part]:
                 ],
             )
         )
+        audits = {found.variant: found.audit for found in log.built if found.audit is not None}
+        if audits:
+            parts += audit_parts(audits)
     return parts
 
 

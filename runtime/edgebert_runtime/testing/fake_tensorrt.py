@@ -78,6 +78,11 @@ class _Level(enum.Enum):
     AMPERE_PLUS = 1
 
 
+class _Verbosity(enum.Enum):
+    LAYER_NAMES_ONLY = 0
+    DETAILED = 2
+
+
 class _Strategy(enum.Enum):
     STATIC = 0
     USER_MANAGED = 2
@@ -124,6 +129,7 @@ class FakeTensorRT:
     TensorIOMode = _Mode
     HardwareCompatibilityLevel = _Level
     ExecutionContextAllocationStrategy = _Strategy
+    ProfilingVerbosity = _Verbosity
     CudaGraphStrategy = _GraphStrategy
     DynamicShapesKernelSpecializationStrategy = _SpecializationStrategy
 
@@ -245,6 +251,8 @@ class _BuilderConfig:
         self._trt = trt
         self.progress_monitor: Any = None
         self.hardware_compatibility_level = _Level.NONE
+        self.max_aux_streams = 4
+        self.profiling_verbosity = _Verbosity.LAYER_NAMES_ONLY
         self.profiles: list[_OptimizationProfile] = []
         self.flags: set[_Flag] = set()
         self.pools: dict[_Pool, int] = {}
@@ -326,7 +334,10 @@ class _Builder:
             "workspace": config.pools.get(_Pool.WORKSPACE),
             "flags": sorted(flag.name for flag in config.flags),
             "level": config.hardware_compatibility_level.name,
+            "streams": 1 + config.max_aux_streams,
         }
+        if config.profiling_verbosity is _Verbosity.DETAILED:
+            self._log(_Logger.VERBOSE, "Layers:\nName: a kernel")
         self._log(_Logger.INFO, "Engine generation completed")
         text = json.dumps(head).encode()
         return _MAGIC + len(text).to_bytes(4, "big") + text + network.model
