@@ -95,7 +95,7 @@ def expect(
     own = 0.0
     if reference is not None:
         fp32 = [np.array(logits, dtype=np.float64) for logits in reference.logits]
-        own = max(float(np.abs(a - b).max()) for a, b in zip(found, fp32, strict=True))
+        own = max(float(np.abs(one - other).max()) for one, other in zip(found, fp32, strict=True))
     largest = max(float(np.abs(logits).max()) for logits in found)
     faulty = min(_faults(found[-1]))
     tolerance = min(max(_LEAST_SHARE * largest, _TIMES_OWN * own), _SHARE_OF_FAULT * faulty)

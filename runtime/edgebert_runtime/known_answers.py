@@ -150,8 +150,8 @@ def _check(found: KnownAnswers, manifest: Manifest) -> None:
             raise ValueError(f"the tolerance of {name} must be above 0")
         if [len(rows) for rows in expected.logits] != [len(batch) for batch in found.batches]:
             raise ValueError(f"the logits of {name} must be of each row")
-        for row in (row for rows in expected.logits for row in rows):
-            if len(row) != width or not all(map(math.isfinite, row)):
+        for logits in (row for rows in expected.logits for row in rows):
+            if len(logits) != width or not all(map(math.isfinite, logits)):
                 raise ValueError(f"the logits of {name} must be {width} finite numbers a row")
 
 

@@ -19,6 +19,7 @@ from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
 from edgebert_runtime.encoder import TextEncoder
 
 MODEL = "models/fp32.onnx"
+KNOWN_ANSWERS = "known_answers.json"
 
 
 @pytest.fixture
@@ -72,10 +73,25 @@ def replace_file(edit_manifest: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def add_variant(edit_manifest: Callable[..., None]) -> Callable[..., None]:
+def edit_answers(replace_file: Callable[..., None]) -> Callable[..., None]:
+    """Changes a bundle's known answers by a function on their JSON."""
+
+    def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+        answers = json.loads((bundle / KNOWN_ANSWERS).read_bytes())
+        change(answers)
+        replace_file(bundle, KNOWN_ANSWERS, json.dumps(answers).encode())
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def add_variant(
+    edit_manifest: Callable[..., None], edit_answers: Callable[..., None]
+) -> Callable[..., None]:
     """Adds a copy of the fp32 variant under another name, after those that are there."""
 
     def add(bundle: Path, name: str, devices: tuple[str, ...] = ("cpu",)) -> None:
+        edit_answers(bundle, lambda a: a["expected"].update({name: a["expected"]["fp32"]}))
         path = f"models/{name}.onnx"
         shutil.copyfile(bundle / MODEL, bundle / path)
 
@@ -97,7 +113,7 @@ def rtx_bundle(copy_bundle, add_variant, edit_manifest) -> Path:
     path: Path = copy_bundle(to="rtx-bundle")
     add_variant(path, "fp32-gpu", ("rtx",))
     profile = {"max_batch": 4, "opt_batch": 4, "max_seq": 64, "opt_seq": 16}
-    edit_manifest(path, lambda manifest: manifest.update(profiles=[profile], format_version=2))
+    edit_manifest(path, lambda manifest: manifest.update(profiles=[profile]))
     return path
 
 
