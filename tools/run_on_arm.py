@@ -42,13 +42,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS, MOST_CHARACTERS = 80, 120
 MOST_SECONDS = 1200  # for one emulated command; none has taken a fifth of that
 
-BOUNDS = {"fp32": (1e-5, 1e-5), "int8": (1e-5, 0.05)}
+BOUNDS = {"fp32": (1e-5, 1e-5), "int8": (0.01, 0.05)}
 """Most that raw outputs may differ from this machine's, by precision: of half the texts, of all.
 
 FP32 sums are the same numbers added in another order. INT8's integers are exact everywhere, but
 activations are scaled by their own range and rounded: where an FP32 sum differs in its last bit,
-one may fall on the other side of a half and become another integer. That happens in few texts, and
-moved a raw output by 0.013 at most (docs/jetson.md); INT8 itself moved them by up to 0.19.
+one may fall on the other side of a half and become another integer. That happens in a text of six
+(more, where a model has more layers) and moved a raw output by 0.013 at most (docs/jetson.md).
 """
 
 _V8_2 = (
@@ -142,7 +142,7 @@ def main() -> None:
     """Runs every board and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("bundle", type=Path)
-    path: Path = parser.parse_args().bundle
+    path: Path = parser.parse_args().bundle.resolve()
     qemu = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if None in (qemu, *map(shutil.which, ("debootstrap", "dpkg-deb", "tar", "chroot"))):
         raise SystemExit(
@@ -295,8 +295,8 @@ def install(board: Board, debian: Path, qemu: str, bundle: Path) -> Emulated:
 def describe_processor(debian: Path, board: Board, cores: int) -> None:
     """Writes what Linux on that board would say of its processor: ONNX Runtime goes by that.
 
-    As files, since what this machine's own kernel would say is of another processor: with it, or
-    with nothing, ONNX Runtime 1.23 aborts and others take kernels that the processor has not.
+    As files, since this machine's kernel would tell of another processor, and ONNX Runtime would
+    take kernels that the emulated one has not; told nothing, ONNX Runtime 1.23.2 aborts.
     """
     core = f"Features\t: {board.features}\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
     core += f"CPU variant\t: 0x1\nCPU part\t: {board.part}\nCPU revision\t: 1\n\n"

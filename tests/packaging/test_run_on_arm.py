@@ -39,12 +39,12 @@ def test_one_text_may_differ_by_its_precision(moved: float, precision: str, fits
     assert (fault(moved, precision) is None) == fits
 
 
-def test_int8_may_differ_in_few_texts_only() -> None:
-    there = [[value + 0.01 for value in row] for row in HERE]
+def test_int8_may_not_differ_in_every_text_by_what_one_may() -> None:
+    there = [[value + 0.02 for value in row] for row in HERE]
     half, most = run_on_arm.differences(HERE, there)
-    assert half == most == pytest.approx(0.01)
+    assert half == most == pytest.approx(0.02)
     said = run_on_arm.fault_of(half, most, LABELS, LABELS, "int8")
-    assert said == "half of the texts differ by 1.0e-02 or more; the bound is 1e-05"
+    assert said == "half of the texts differ by 2.0e-02 or more; the bound is 1e-02"
 
 
 def test_another_label_is_a_fault_however_near_the_outputs_are() -> None:
