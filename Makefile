@@ -7,7 +7,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 BUILD  ?= $(OUT)
 
-.PHONY: install export test test-gpu lint types bench bench-check format docs lock clean
+.PHONY: install export test test-gpu test-arm lint types bench bench-check format docs lock clean
 
 # The environment is made again when what it is made from changes.
 install: $(VENV)/.installed
@@ -43,6 +43,10 @@ types: install
 test-gpu: $(if $(GPU_PYTHON),,install)
 	EDGEBERT_GPU_BUNDLE="$(BUNDLE)" $(or $(GPU_PYTHON),$(BIN)/python) -m pytest \
 	    --confcutdir=tests/gpu tests/gpu -s
+
+# The runtime on an emulated aarch64, beside this machine's; as root, some minutes, after `make export`.
+test-arm: install
+	$(BIN)/python tools/run_on_arm.py "$(BUNDLE)"
 
 # Beside other ways to run the same model, after `make export`; BENCH=--quick takes less.
 bench: install
