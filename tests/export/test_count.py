@@ -234,7 +234,7 @@ def _model(nodes: list[onnx.NodeProto], rank: int = 2) -> ir.Model:
             [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
             [onnx.numpy_helper.from_array(np.ones((4, 4), dtype=np.float32), "w")],
         ),
-        opset_imports=[onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("other", 1)],
+        opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("other", 1)],
     )
     return ir.from_proto(made)
 

@@ -50,47 +50,70 @@ def _weights(*, subnormal: bool = False) -> st.SearchStrategy[NDArray[np.float32
 def test_a_weight_comes_back_to_within_half_a_step_of_its_channel(
     weight: NDArray[np.float32], axis: int
 ) -> None:
-    steps, scales = quantise_weight(weight, axis)
+    quantised = quantise_weight(weight, axis)
+    steps, scales = quantised.steps, quantised.scales
     assert (steps.dtype, scales.dtype) == (np.int8, np.float32)
     assert (steps.shape, scales.shape) == (weight.shape, (weight.shape[axis],))
     assert (scales > 0).all()
-    assert _is_half(scales)
     assert np.abs(steps.astype(int)).max() <= LEVELS == 127
     by_channel = np.expand_dims(scales, 1 - axis).astype(np.float64)
     error = np.abs(steps * by_channel - weight)
     assert (error <= 0.50001 * by_channel).all()
 
 
+@given(_weights(subnormal=True), st.sampled_from([0, 1]))
+def test_scales_are_a_power_of_two_and_what_is_left_of_each_both_normal_numbers_of_fp16(
+    weight: NDArray[np.float32], axis: int
+) -> None:
+    quantised = quantise_weight(weight, axis)
+    factors = quantised.factors
+    assert factors.dtype == np.float16
+    assert np.frexp(quantised.unit)[0] == 0.5
+    assert quantised.unit >= HALF_NORMAL
+    assert _is_half(quantised.unit)
+    assert (factors >= HALF_NORMAL).all()
+    exact = quantised.unit * factors.astype(np.float64)
+    assert np.array_equal(quantised.scales, exact)
+    if axis == 0:  # nothing is behind a table to multiply by what the unit leaves
+        assert quantised.unit == 1
+        return
+    assert (factors <= 1).all()
+    if np.abs(weight).max() / LEVELS > HALF_NORMAL:  # the smallest unit that all fit into
+        assert factors.max() > 0.5
+
+
 @given(_weights(), st.sampled_from([0, 1]))
 def test_each_channel_uses_its_whole_range_unless_it_is_too_small_for_that(
     weight: NDArray[np.float32], axis: int
 ) -> None:
-    steps, _ = quantise_weight(weight, axis)
-    largest = np.abs(weight).max(axis=1 - axis)
-    reached = np.abs(steps.astype(int)).max(axis=1 - axis)
-    assert (reached[largest / LEVELS >= HALF_NORMAL] == LEVELS).all()
+    quantised = quantise_weight(weight, axis)
+    largest = np.abs(weight).max(axis=1 - axis).astype(np.float64)
+    reached = np.abs(quantised.steps.astype(int)).max(axis=1 - axis)
+    assert (reached[largest / LEVELS >= HALF_NORMAL * quantised.unit] == LEVELS).all()
     assert (reached[largest == 0] == 0).all()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_channels_scale_depends_on_no_other_channel(axis: int) -> None:
     weight = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
-    before, scales = quantise_weight(weight, axis)
+    before = quantise_weight(weight, axis)
     weight[(2, slice(None)) if axis == 0 else (slice(None), 2)] *= 1000
-    after, blown = quantise_weight(weight, axis)
+    after = quantise_weight(weight, axis)
     others = [0, 1, 3, 4]
-    assert np.array_equal(scales[others], blown[others])
-    assert blown[2] > 900 * scales[2]
-    assert np.array_equal(before.take(others, axis), after.take(others, axis))
+    assert np.array_equal(before.scales[others], after.scales[others])
+    assert after.scales[2] > 900 * before.scales[2]
+    assert np.array_equal(before.steps.take(others, axis), after.steps.take(others, axis))
 
 
 @pytest.mark.parametrize("number", [1e-45, 8e-44, 1e-39, 1e-10])
 def test_a_channel_of_the_smallest_numbers_there_are_has_a_usable_scale(number: float) -> None:
     """Weight decay drives the weights of dead channels there."""
     weight = np.array([[number, 1.0], [-number, 0.5]], dtype=np.float32)
-    steps, scales = quantise_weight(weight, 1)
-    assert (scales > 0).all()
-    assert np.abs(steps[:, 0] * scales[0] - weight[:, 0]).max() <= HALF_NORMAL
+    quantised = quantise_weight(weight, 1)
+    steps, scales = quantised.steps, quantised.scales
+    # One step of it is 2 ** -14 of the unit, which is less than twice the other's.
+    assert 0 < scales[0] <= 2 * HALF_NORMAL * scales[1]
+    assert np.abs(steps[:, 0] * scales[0] - weight[:, 0]).max() <= 0.5 * scales[0]
     assert steps[:, 1].tolist() == [127, 63]
 
 
@@ -168,13 +191,19 @@ class _Walk:
     def of(self, operator: str) -> list[onnx.NodeProto]:
         return [node for node in self.nodes.values() if node.op_type == operator]
 
-    def stored_behind(self, value: str) -> tuple[NDArray[np.int8], NDArray[np.float32], int]:
-        """What is stored of a weight: its steps, its scales, and their axis."""
+    def stored_behind(self, value: str) -> tuple[NDArray[np.int8], NDArray[np.float32], int | None]:
+        """What is stored of a weight: its steps, its scale or scales, and these ones' axis."""
         node = self.producers[value]
         assert node.op_type == "DequantizeLinear"
         assert len(node.input) == 2  # symmetric
-        (axis,) = [attribute.i for attribute in node.attribute if attribute.name == "axis"]
+        (axis,) = [a.i for a in node.attribute if a.name == "axis"] or [None]
         return self.constants[node.input[0]], self.constants[node.input[1]], axis
+
+    def factors_behind(self, product: str) -> tuple[NDArray[np.float32], str]:
+        """What the results of a product are multiplied by, and the name of what that gives."""
+        (multiply,) = self.readers[self.nodes[product].output[0]]
+        assert multiply.op_type == "Mul"
+        return self.constants[multiply.input[1]], multiply.output[0]
 
 
 def _products(graph: ir.Model, *kinds: str) -> list[Product]:
@@ -244,22 +273,27 @@ def test_residual_sums_norms_and_biases_read_what_was_never_quantised(
 ) -> None:
     graph = graphs[name]
     chosen = _products(graph, "linear", "attention", "embedding")
-    products = {product.node for product in chosen}
+    products = {product.node: product.kind for product in chosen}
     before, after = _Walk(graph), _Walk(insert_qdq(graph, chosen, scales[name]))
     kept = [node for node in before.nodes.values() if node.name not in products]
     assert {"Add", "LayerNormalization", "Softmax", "Gelu", "Tanh"} <= {n.op_type for n in kept}
     for node in kept:
         assert after.nodes[node.name] == node
     added = {node.op_type for node in after.nodes.values() if node.name not in before.nodes}
-    assert added == {"QuantizeLinear", "DequantizeLinear"}
-    for product in products:
-        assert after.nodes[product].output == before.nodes[product].output
-        for value in after.nodes[product].output:
+    assert added == {"QuantizeLinear", "DequantizeLinear", "Mul"}
+    assert len(after.of("Mul")) - len(before.of("Mul")) == len(_products(graph, "linear")) == 14
+    for product, kind in products.items():
+        (result,) = before.nodes[product].output
+        if kind == "linear":  # the results under their old name are those that are scaled
+            assert after.factors_behind(product)[1] == result
+        else:
+            assert list(after.nodes[product].output) == [result]
+        for value in (*after.nodes[product].output, result):
             assert "QuantizeLinear" not in {node.op_type for node in after.readers[value]}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_stored_in_int8_with_a_scale_for_each_output_and_in_nothing_else(
+def test_weights_are_stored_in_int8_with_one_power_of_two_and_the_rest_behind_the_product(
     graphs: dict[str, ir.Model], scales: dict[str, Scales], name: str
 ) -> None:
     graph = graphs[name]
@@ -267,10 +301,16 @@ def test_weights_are_stored_in_int8_with_a_scale_for_each_output_and_in_nothing_
     before, after = _Walk(graph), _Walk(insert_qdq(graph, chosen, scales[name]))
     for product in chosen:
         weight = before.constants[str(product.weight)]
-        steps, by_output, axis = after.stored_behind(after.nodes[product.node].input[1])
+        steps, unit, axis = after.stored_behind(after.nodes[product.node].input[1])
         assert steps.dtype == np.int8
-        assert (steps.shape, by_output.shape, axis) == (weight.shape, weight.shape[1:], 1)
-        assert np.abs(steps * by_output - weight).max() <= 0.50001 * by_output.max()
+        assert (steps.shape, unit.shape, axis) == (weight.shape, (), None)
+        assert np.frexp(unit)[0] == 0.5
+        factors, _ = after.factors_behind(product.node)
+        assert factors.shape == weight.shape[1:]
+        assert _is_half(factors)
+        assert 0.5 < factors.max() <= 1
+        by_output = unit * factors
+        assert (np.abs(steps * by_output - weight) <= 0.50001 * by_output).all()
         assert str(product.weight) not in after.constants
 
 
@@ -415,11 +455,12 @@ def test_the_quantised_graph_computes_what_a_simulation_in_pytorch_does(
     np.testing.assert_allclose(found, simulated, atol=1e-4)
 
 
-def test_weights_take_a_quarter_and_a_scale_for_each_output(graphs: dict[str, ir.Model]) -> None:
+def test_weights_take_a_quarter_and_a_factor_for_each_output(graphs: dict[str, ir.Model]) -> None:
     linear = _products(graphs["single"], "linear")
     once = dict.fromkeys((o.value for p in linear for o in p.operands), 0.01)
     before, after = _Walk(graphs["single"]), _Walk(insert_qdq(graphs["single"], linear, once))
     shapes = [before.constants[str(product.weight)].shape for product in linear]
     sizes = [sum(array.nbytes for array in walk.constants.values()) for walk in (before, after)]
     weights, outputs = sum(rows * columns for rows, columns in shapes), sum(s[1] for s in shapes)
-    assert sizes[0] - sizes[1] == 3 * weights - 4 * outputs - 4 * len(once) - 1
+    scales = len(linear) + len(once)
+    assert sizes[0] - sizes[1] == 3 * weights - 4 * outputs - 4 * scales - 1

@@ -22,7 +22,7 @@ from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.onnx_session import OnnxSession
 
 MODEL = "models/fp32.onnx"
-LISTED = ("tokenizer.json", MODEL)
+LISTED = ("tokenizer.json", "known_answers.json", MODEL)
 FILES = ("manifest.json", "manifest.sha256", *LISTED)
 
 
@@ -367,28 +367,13 @@ def _twice(key: str) -> Callable[[dict[str, Any]], None]:
     return lambda manifest: manifest[key].append(manifest[key][0])
 
 
-@pytest.mark.parametrize("version", [0, 4, 99, -1, 10**30])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 5, 99, -1, 10**30])
 def test_an_unknown_format_version_is_refused_by_number(
     copy_bundle: Callable[..., Path], edit_manifest: Callable[..., None], version: int
 ) -> None:
     bundle = copy_bundle()
     edit_manifest(bundle, _set("format_version", version))
     assert f"format_version {version} is unknown" in refusal(bundle)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_bundle_of_an_older_version_is_read(
-    copy_bundle: Callable[..., Path], edit_manifest: Callable[..., None], version: int
-) -> None:
-    bundle = copy_bundle()
-
-    def age(manifest: dict[str, Any]) -> None:
-        manifest["format_version"] = version
-        del manifest["tunings"]
-
-    edit_manifest(bundle, age)
-    assert Bundle.open(bundle).manifest.format_version == version
-    Bundle.open(bundle).verify()
 
 
 def test_a_newer_format_is_named_even_when_it_has_keys_that_we_do_not_know(
@@ -398,10 +383,10 @@ def test_a_newer_format_is_named_even_when_it_has_keys_that_we_do_not_know(
 
     def renew(manifest: dict[str, Any]) -> None:
         manifest.clear()
-        manifest.update(format_version=4, everything="else")
+        manifest.update(format_version=5, everything="else")
 
     edit_manifest(bundle, renew)
-    assert "format_version 4 is unknown" in refusal(bundle)
+    assert "format_version 5 is unknown" in refusal(bundle)
 
 
 @pytest.mark.parametrize(
@@ -466,10 +451,10 @@ def test_a_manifest_that_is_wrong_is_refused_by_what_is_wrong(
         b"null",
         b"{}",
         b"not json",
-        b'{"format_version": 1, "name": "\xff"}',
-        b'{"format_version": 1, "name": "\\ud800"}',
+        b'{"format_version": 4, "name": "\xff"}',
+        b'{"format_version": 4, "name": "\\ud800"}',
         pytest.param(
-            b'{"format_version": 1, "name": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", id="deep"
+            b'{"format_version": 4, "name": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", id="deep"
         ),
     ],
 )
@@ -518,7 +503,7 @@ def test_a_listed_file_that_is_not_what_it_should_be_is_refused_at_loading(
     bundle = copy_bundle()
     replace_file(bundle, path, b"neither a model nor a tokenizer")
     check(bundle)
-    with pytest.raises(BundleError, match="model" if path == MODEL else "tokenizer"):
+    with pytest.raises(BundleError, match="model" if path == MODEL else path.partition(".")[0]):
         Classifier.load(bundle)
 
 

@@ -29,12 +29,17 @@ CUDA = ("for-cuda", ("cuda",))
 
 
 def manifest_of(*variants: tuple[str, tuple[str, ...]]) -> Manifest:
-    paths = ["tokenizer.json", *(f"models/{name}.onnx" for name, _ in variants)]
+    paths = [
+        "tokenizer.json",
+        "known_answers.json",
+        *(f"models/{name}.onnx" for name, _ in variants),
+    ]
     return Manifest(
-        format_version=1,
+        format_version=4,
         name="m",
         task=Task(kind="single_label", labels=("a", "b"), text_pair=False),
         tokenizer="tokenizer.json",
+        known_answers="known_answers.json",
         max_length=64,
         pad_token_id=0,
         inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("batch", "seq")),),

@@ -36,7 +36,6 @@ from edgebert_runtime.engines import (
     build_engines,
     fastest,
     measure_and_remember,
-    measure_engines,
     open_engine,
     preferred_variants,
     read_preference,
@@ -682,38 +681,6 @@ def test_rtx_is_timed_with_the_kernels_of_the_shape_and_serves_without_waiting_f
     assert trt.kernels == {"LAZY"}
 
 
-class Answering:
-    """A session whose answers are given."""
-
-    input_names = frozenset({"input_ids"})
-
-    def __init__(self, logits: list[float], vocabulary: int) -> None:
-        self._logits, self._vocabulary = logits, vocabulary
-
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        assert inputs["input_ids"].max() < self._vocabulary
-        return {"logits": np.array([self._logits] * len(inputs["input_ids"]))}
-
-
-def measured(**logits: list[float]) -> list[str]:
-    sessions: Any = {name: Answering(found, 30) for name, found in logits.items()}
-    timings = measure_engines(sessions, [Profile(**each) for each in PROFILES], 30)
-    return sorted({timing.variant for timing in timings})
-
-
-def test_an_engine_whose_answers_are_not_finite_is_not_in_the_running() -> None:
-    assert measured(int8=[1.0, -1.0], fp16=[float("nan"), 0.0]) == ["int8"]
-    assert measured(int8=[1.0, -1.0], fp16=[1.1, -0.9]) == ["fp16", "int8"]
-    assert measured(int8=[30.0, -1.0], fp16=[60.0, -1.0]) == ["fp16", "int8"]  # as sure as can be
-    with pytest.raises(DeviceError, match="not finite"):
-        measured(fp16=[float("inf"), 0.0])
-
-
-def test_engines_that_answer_differently_are_not_compared() -> None:
-    with pytest.raises(DeviceError, match=r"int8 and fp16 answer differently .* build them anew"):
-        measured(int8=[1.0, -1.0], fp16=[-1.0, 1.0])
-
-
 def test_the_fastest_variant_is_preferred_where_it_was_measured(
     bundle: Bundle, cache: EngineCache, trt: FakeTensorRT
 ) -> None:
@@ -914,7 +881,7 @@ def test_an_engine_that_fails_where_nothing_else_runs_is_told_with_the_rest(
     with pytest.raises(
         MissingExtraError, match=r"not installed; tensorrt: cuMemAlloc failed: .*OUT_OF_MEMORY"
     ):
-        Classifier.load(bundle.path)
+        Classifier.load(bundle.path, variant="int8-gpu")
     trt.driver.fail("cuMemAlloc")
     with pytest.raises(DeviceError, match="cuMemAlloc failed"):
         Classifier.load(bundle.path, device="tensorrt")
@@ -996,6 +963,70 @@ def test_an_engine_that_could_not_be_compared_before_is_measured(
     assert measured == {"int8-gpu", "fp16-gpu"} and trt.builds == 2
 
 
+def wrong(bundle: Bundle, edit_answers: Callable[..., None], variant: str) -> Bundle:
+    """The bundle, whose known answers of a variant are not what it computes."""
+
+    def change(answers: dict[str, Any]) -> None:
+        logits = answers["expected"][variant]["logits"]
+        answers["expected"][variant]["logits"] = [[[-x for x in row] for row in b] for b in logits]
+
+    edit_answers(bundle.path, change)
+    return Bundle.open(bundle.path)
+
+
+def test_an_engine_that_does_not_give_the_known_answers_is_neither_measured_nor_loaded(
+    bundle: Bundle,
+    cache: EngineCache,
+    trt: FakeTensorRT,
+    edit_answers: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bundle = wrong(bundle, edit_answers, "int8-gpu")
+    keys = build(bundle, cache, trt)
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda device: ORIN)
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    said: list[str] = []
+    preference = measure_and_remember(bundle, keys, ORIN, cache, said.append)
+    assert {timing.variant for timing in preference.timings} == {"fp16-gpu"}
+    assert len(said) == 1
+    assert "int8-gpu: not measured: int8-gpu computes wrongly on tensorrt" in said[0]
+    # Without a preference, INT8 comes first; it is passed over by name for FP16 on the same device.
+    cache.preference(bundle.digest, "tensorrt").unlink()
+    with Classifier.load(bundle.path) as clf:
+        assert clf.choice is not None
+        assert (clf.choice.device, clf.choice.variant.name) == ("tensorrt", "fp16-gpu")
+        assert "int8-gpu computes wrongly" in clf.choice.passed_over[0]
+    assert "int8-gpu computes wrongly on tensorrt" in caplog.text
+    with pytest.raises(DeviceError, match=r"int8-gpu computes wrongly on tensorrt: .* off by"):
+        Classifier.load(bundle.path, variant="int8-gpu", device="tensorrt")
+    assert not +trt.driver.live
+
+
+def test_an_engine_is_held_against_the_known_answers_once_for_each_engine_driver_and_gpu(
+    bundle: Bundle, cache: EngineCache, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = [ORIN]
+    build(bundle, cache, trt)
+    monkeypatch.setenv("EDGEBERT_CACHE_DIR", str(cache.directory.parent))
+    monkeypatch.setattr("edgebert_runtime.classifier.gather_facts", lambda device: facts[0])
+    monkeypatch.setattr("edgebert_runtime.engines.import_tensorrt", lambda flavour: trt)
+    monkeypatch.setattr("edgebert_runtime.cuda.import_driver", lambda: trt.driver)
+    ran: list[str] = []
+    from edgebert_runtime import engines as engines_module
+
+    real = engines_module.verify
+    monkeypatch.setattr(engines_module, "verify", lambda *args: ran.append(args[2]) or real(*args))
+    for expected in (1, 1):
+        Classifier.load(bundle.path, device="tensorrt").close()
+        assert len(ran) == expected
+    facts[0] = msgspec.structs.replace(ORIN, driver="999.1")
+    Classifier.load(bundle.path, device="tensorrt").close()
+    assert len(ran) == 2
+
+
 def test_an_engine_that_cannot_be_opened_does_not_keep_the_other_from_being_measured(
     command: Callable[..., Any], trt: FakeTensorRT, bundle: Bundle, cache: EngineCache
 ) -> None:
@@ -1066,7 +1097,6 @@ def test_a_bundle_brings_engines_of_its_own(
 
     def change(manifest: dict[str, Any]) -> None:
         name = "engines/int8-gpu-rtx.engine"
-        manifest["format_version"] = 2
         manifest["engines"] = [
             {
                 "path": name,
