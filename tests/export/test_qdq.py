@@ -50,11 +50,11 @@ def _weights(*, subnormal: bool = False) -> st.SearchStrategy[NDArray[np.float32
 def test_a_weight_comes_back_to_within_half_a_step_of_its_channel(
     weight: NDArray[np.float32], axis: int
 ) -> None:
-    steps, scales = quantise_weight(weight, axis)
+    found = quantise_weight(weight, axis)
+    steps, scales = found.steps, found.scales
     assert (steps.dtype, scales.dtype) == (np.int8, np.float32)
     assert (steps.shape, scales.shape) == (weight.shape, (weight.shape[axis],))
     assert (scales > 0).all()
-    assert _is_half(scales)
     assert np.abs(steps.astype(int)).max() <= LEVELS == 127
     by_channel = np.expand_dims(scales, 1 - axis).astype(np.float64)
     error = np.abs(steps * by_channel - weight)
@@ -62,36 +62,58 @@ def test_a_weight_comes_back_to_within_half_a_step_of_its_channel(
 
 
 @given(_weights(), st.sampled_from([0, 1]))
+def test_a_scale_is_a_power_of_two_times_a_normal_number_of_fp16(
+    weight: NDArray[np.float32], axis: int
+) -> None:
+    """The first is what a product can be scaled by inside; the second, what is left for behind."""
+    found = quantise_weight(weight, axis)
+    assert _is_half(found.unit)
+    assert found.unit >= HALF_NORMAL
+    assert np.frexp(found.unit)[0] == 0.5
+    assert (found.factors.dtype, found.factors.shape) == (np.float16, (weight.shape[axis],))
+    assert (found.factors >= np.float16(HALF_NORMAL)).all()
+    assert np.array_equal(found.scales, found.unit * found.factors.astype(np.float64))
+    if axis == 0:
+        assert found.unit == 1
+    else:  # the smallest unit with which no factor makes a result larger
+        assert found.factors.max() <= 1
+        assert found.factors.max() >= 0.5 or found.unit == HALF_NORMAL
+
+
+@given(_weights(), st.sampled_from([0, 1]))
 def test_each_channel_uses_its_whole_range_unless_it_is_too_small_for_that(
     weight: NDArray[np.float32], axis: int
 ) -> None:
-    steps, _ = quantise_weight(weight, axis)
+    found = quantise_weight(weight, axis)
     largest = np.abs(weight).max(axis=1 - axis)
-    reached = np.abs(steps.astype(int)).max(axis=1 - axis)
-    assert (reached[largest / LEVELS >= HALF_NORMAL] == LEVELS).all()
+    reached = np.abs(found.steps.astype(int)).max(axis=1 - axis)
+    assert (reached[largest / LEVELS >= HALF_NORMAL * found.unit] == LEVELS).all()
     assert (reached[largest == 0] == 0).all()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_channels_scale_depends_on_no_other_channel(axis: int) -> None:
+def test_a_channels_numbers_depend_on_no_other_channel(axis: int) -> None:
+    """All outputs of a layer share a power of two, which takes nothing from any of them."""
     weight = np.random.default_rng(0).normal(size=(5, 5)).astype(np.float32)
-    before, scales = quantise_weight(weight, axis)
+    before = quantise_weight(weight, axis)
     weight[(2, slice(None)) if axis == 0 else (slice(None), 2)] *= 1000
-    after, blown = quantise_weight(weight, axis)
+    after = quantise_weight(weight, axis)
     others = [0, 1, 3, 4]
-    assert np.array_equal(scales[others], blown[others])
-    assert blown[2] > 900 * scales[2]
-    assert np.array_equal(before.take(others, axis), after.take(others, axis))
+    assert np.array_equal(before.scales[others], after.scales[others])
+    assert after.scales[2] > 900 * before.scales[2]
+    assert np.array_equal(before.steps.take(others, axis), after.steps.take(others, axis))
+    assert (after.unit > 500 * before.unit) == (axis == 1)
 
 
 @pytest.mark.parametrize("number", [1e-45, 8e-44, 1e-39, 1e-10])
 def test_a_channel_of_the_smallest_numbers_there_are_has_a_usable_scale(number: float) -> None:
     """Weight decay drives the weights of dead channels there."""
     weight = np.array([[number, 1.0], [-number, 0.5]], dtype=np.float32)
-    steps, scales = quantise_weight(weight, 1)
-    assert (scales > 0).all()
-    assert np.abs(steps[:, 0] * scales[0] - weight[:, 0]).max() <= HALF_NORMAL
-    assert steps[:, 1].tolist() == [127, 63]
+    found = quantise_weight(weight, 1)
+    assert (found.scales > 0).all()
+    error = np.abs(found.steps[:, 0] * found.scales[0] - weight[:, 0])
+    assert error.max() <= HALF_NORMAL * found.unit
+    assert found.steps[:, 1].tolist() == [127, 63]
 
 
 @given(st.floats(0, HALF_LARGEST))
@@ -168,13 +190,20 @@ class _Walk:
     def of(self, operator: str) -> list[onnx.NodeProto]:
         return [node for node in self.nodes.values() if node.op_type == operator]
 
-    def stored_behind(self, value: str) -> tuple[NDArray[np.int8], NDArray[np.float32], int]:
-        """What is stored of a weight: its steps, its scales, and their axis."""
+    def stored_behind(self, value: str) -> tuple[NDArray[np.int8], NDArray[np.float32], list[int]]:
+        """What is stored of a weight: its steps, its scale or scales, and their axis if any."""
         node = self.producers[value]
         assert node.op_type == "DequantizeLinear"
         assert len(node.input) == 2  # symmetric
-        (axis,) = [attribute.i for attribute in node.attribute if attribute.name == "axis"]
+        axis = [attribute.i for attribute in node.attribute if attribute.name == "axis"]
         return self.constants[node.input[0]], self.constants[node.input[1]], axis
+
+    def factors_behind(self, product: onnx.NodeProto) -> tuple[NDArray[np.float32], str]:
+        """What the results of a product are multiplied by, and the name of what comes of it."""
+        (multiply,) = self.readers[product.output[0]]
+        assert multiply.op_type == "Mul"
+        assert multiply.input[0] == product.output[0]
+        return self.constants[multiply.input[1]], multiply.output[0]
 
 
 def _products(graph: ir.Model, *kinds: str) -> list[Product]:
@@ -251,15 +280,19 @@ def test_residual_sums_norms_and_biases_read_what_was_never_quantised(
     for node in kept:
         assert after.nodes[node.name] == node
     added = {node.op_type for node in after.nodes.values() if node.name not in before.nodes}
-    assert added == {"QuantizeLinear", "DequantizeLinear"}
-    for product in products:
-        assert after.nodes[product].output == before.nodes[product].output
-        for value in after.nodes[product].output:
-            assert "QuantizeLinear" not in {node.op_type for node in after.readers[value]}
+    assert added == {"QuantizeLinear", "DequantizeLinear", "Mul"}
+    for product in chosen:
+        node = after.nodes[product.node]
+        (result,) = before.nodes[product.node].output
+        if product.kind == "linear":  # what is read is scaled, under the name that it had
+            assert after.factors_behind(node)[1] == result
+        else:
+            assert list(node.output) == [result]
+        assert "QuantizeLinear" not in {reader.op_type for reader in after.readers[result]}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_stored_in_int8_with_a_scale_for_each_output_and_in_nothing_else(
+def test_weights_are_stored_in_int8_with_one_power_of_two_and_scaled_by_output_behind_the_product(
     graphs: dict[str, ir.Model], scales: dict[str, Scales], name: str
 ) -> None:
     graph = graphs[name]
@@ -267,10 +300,17 @@ def test_weights_are_stored_in_int8_with_a_scale_for_each_output_and_in_nothing_
     before, after = _Walk(graph), _Walk(insert_qdq(graph, chosen, scales[name]))
     for product in chosen:
         weight = before.constants[str(product.weight)]
-        steps, by_output, axis = after.stored_behind(after.nodes[product.node].input[1])
+        node = after.nodes[product.node]
+        steps, unit, axis = after.stored_behind(node.input[1])
+        factors, _ = after.factors_behind(node)
         assert steps.dtype == np.int8
-        assert (steps.shape, by_output.shape, axis) == (weight.shape, weight.shape[1:], 1)
-        assert np.abs(steps * by_output - weight).max() <= 0.50001 * by_output.max()
+        assert (steps.shape, unit.shape, axis) == (weight.shape, (), [])
+        assert np.frexp(unit)[0] == 0.5
+        assert factors.shape == weight.shape[1:]
+        assert _is_half(factors)
+        assert 0.5 <= factors.max() <= 1
+        error = np.abs(steps * (unit * factors) - weight)
+        assert (error <= 0.50001 * unit * factors).all()
         assert str(product.weight) not in after.constants
 
 
@@ -284,6 +324,7 @@ def test_giving_one_of_three_back_leaves_the_others_quantised(
     (left_out,) = [product for product in everything if product.name == key]
     before, after = _Walk(graph), _Walk(insert_qdq(graph, chosen, scales["single"]))
     assert after.nodes[left_out.node] == before.nodes[left_out.node]
+    assert len(after.of("Mul")) == len(before.of("Mul")) + len(chosen)
     assert np.array_equal(
         after.constants[str(left_out.weight)], before.constants[str(left_out.weight)]
     )
@@ -317,7 +358,7 @@ def test_tables_are_stored_in_int8_with_a_scale_for_each_row(
         table = before.constants[str(product.weight)]
         steps, by_row, axis = after.stored_behind(after.nodes[product.node].input[0])
         assert (steps.dtype, steps.shape, by_row.shape) == (np.int8, table.shape, table.shape[:1])
-        assert axis == 0
+        assert axis == [0]
         assert np.abs(steps * by_row[:, None] - table).max() <= 0.50001 * by_row.max()
         assert after.nodes[product.node].input[1] == before.nodes[product.node].input[1]
 
@@ -367,15 +408,16 @@ def test_the_quantised_graph_answers_nearly_as_before(
         assert np.corrcoef(found[:, column], expected[:, column])[0, 1] > 0.8
 
 
-def _in_steps(weight: Any) -> Any:
+def _in_steps(weight: Any, *, linear: bool) -> Any:
     """Fake-quantises a PyTorch weight ``[channels, ...]``, by the formula of the documentation."""
     import torch
 
-    exact = weight.abs().amax(dim=1, keepdim=True) / 127
-    scale = exact.half()
-    up = torch.nextafter(scale, torch.full_like(scale, float("inf")))
-    scale = torch.where(scale.float() < exact, up, scale).float()
-    scale = torch.where(exact == 0, torch.ones_like(scale), scale)
+    exact = weight.abs().amax(dim=1, keepdim=True).double() / 127
+    unit = 2.0 ** exact.max().log2().ceil() if linear else torch.ones(())
+    factor = (exact / unit).half()
+    up = torch.nextafter(factor, torch.full_like(factor, float("inf")))
+    factor = torch.where(factor.double() < exact / unit, up, factor)
+    scale = (factor.clamp(min=2.0**-14).double() * unit).float()
     return (weight / scale).round().clamp(-127, 127) * scale
 
 
@@ -406,7 +448,8 @@ def test_the_quantised_graph_computes_what_a_simulation_in_pytorch_does(
     with torch.inference_mode():
         for product in chosen:
             module = modules[product.name]
-            module.weight = torch.nn.Parameter(_in_steps(module.weight), requires_grad=False)
+            steps = _in_steps(module.weight, linear=product.kind == "linear")
+            module.weight = torch.nn.Parameter(steps, requires_grad=False)
             for operand in product.operands:
                 module.register_forward_pre_hook(_clip_input(scales[name][operand.value]))
         simulated = model(**tensors).logits.numpy()
@@ -415,11 +458,11 @@ def test_the_quantised_graph_computes_what_a_simulation_in_pytorch_does(
     np.testing.assert_allclose(found, simulated, atol=1e-4)
 
 
-def test_weights_take_a_quarter_and_a_scale_for_each_output(graphs: dict[str, ir.Model]) -> None:
+def test_weights_take_a_quarter_and_a_factor_for_each_output(graphs: dict[str, ir.Model]) -> None:
     linear = _products(graphs["single"], "linear")
     once = dict.fromkeys((o.value for p in linear for o in p.operands), 0.01)
     before, after = _Walk(graphs["single"]), _Walk(insert_qdq(graphs["single"], linear, once))
     shapes = [before.constants[str(product.weight)].shape for product in linear]
     sizes = [sum(array.nbytes for array in walk.constants.values()) for walk in (before, after)]
     weights, outputs = sum(rows * columns for rows, columns in shapes), sum(s[1] for s in shapes)
-    assert sizes[0] - sizes[1] == 3 * weights - 4 * outputs - 4 * len(once) - 1
+    assert sizes[0] - sizes[1] == 3 * weights - 4 * outputs - 4 * len(linear) - 4 * len(once) - 1
