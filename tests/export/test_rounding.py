@@ -41,7 +41,7 @@ def _errors(
     activations: NDArray[np.float32], weight: NDArray[np.float32], steps: NDArray[np.int8]
 ) -> NDArray[np.float64]:
     """Squared error of each column's result over all tokens, computed from the results."""
-    _, scales = quantise_weight(weight, 1)
+    scales = quantise_weight(weight, 1).scales
     wide = activations.astype(np.float64)
     rounded = steps * scales.astype(np.float64)
     found: NDArray[np.float64] = ((wide @ rounded - wide @ weight.astype(np.float64)) ** 2).sum(0)
@@ -59,7 +59,7 @@ def test_no_columns_result_is_further_from_the_exact_one_than_with_the_nearest_s
     silent = data.draw(st.sets(st.integers(0, inputs - 1), max_size=3))
     activations[:, list(silent)] = 0
     steps = round_weight(weight, activations.T @ activations)
-    nearest, _ = quantise_weight(weight, 1)
+    nearest = quantise_weight(weight, 1).steps
     assert (steps.dtype, steps.shape) == (np.int8, weight.shape)
     assert np.abs(steps.astype(int)).max() <= 127
     allowed = _errors(activations, weight, nearest)
@@ -71,7 +71,7 @@ def test_where_channels_move_together_most_of_the_error_is_made_up_for(
     tokens: int, inputs: int
 ) -> None:
     activations, weight = _layer(1, tokens, inputs, 30)
-    nearest, _ = quantise_weight(weight, 1)
+    nearest = quantise_weight(weight, 1).steps
     steps = round_weight(weight, activations.T @ activations)
     ratio = _errors(activations, weight, steps).sum() / _errors(activations, weight, nearest).sum()
     assert ratio < 0.4
@@ -80,13 +80,13 @@ def test_where_channels_move_together_most_of_the_error_is_made_up_for(
 def test_where_no_channel_moves_with_another_there_is_nothing_to_make_up() -> None:
     weight = np.random.default_rng(2).normal(size=(70, 5)).astype(np.float32)
     moments = np.diag(np.arange(1, 71)).astype(np.float32)
-    np.testing.assert_array_equal(round_weight(weight, moments), quantise_weight(weight, 1)[0])
+    np.testing.assert_array_equal(round_weight(weight, moments), quantise_weight(weight, 1).steps)
 
 
 def test_an_activation_that_is_always_zero_leaves_the_nearest_steps() -> None:
     weight = np.random.default_rng(3).normal(size=(6, 4)).astype(np.float32)
     steps = round_weight(weight, np.zeros((6, 6), dtype=np.float32))
-    np.testing.assert_array_equal(steps, quantise_weight(weight, 1)[0])
+    np.testing.assert_array_equal(steps, quantise_weight(weight, 1).steps)
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +155,8 @@ def test_what_is_rounded_is_what_the_graph_stores(tiny: tuple[Any, ...]) -> None
     for product in products:
         stored = constant(rounded, f"{product.weight}_int8")
         np.testing.assert_array_equal(stored, steps[product.weight])
-        np.testing.assert_array_equal(
-            constant(rounded, f"{product.weight}_scale"), constant(plain, f"{product.weight}_scale")
-        )
+        for part in ("scale", "factors"):
+            name = f"{product.weight}_{part}"
+            np.testing.assert_array_equal(constant(rounded, name), constant(plain, name))
         changed += int((stored != constant(plain, f"{product.weight}_int8")).sum())
     assert changed > 0
