@@ -56,7 +56,7 @@ def random_distilbert(
             vocab_size=tiny_classifiers["single"].architecture.vocab_size,
             dim=32,
             n_layers=2,
-            n_heads=4,
+            n_heads=2,  # of 16 channels each
             hidden_dim=64,
             max_position_embeddings=128,
             initializer_range=initializer_range,

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -26,8 +27,9 @@ from edgebert_export.checkpoint import (
 )
 from edgebert_export.closed_loop import Fit
 from edgebert_export.dataset import Dataset, Example
+from edgebert_export.emulate import emulate
 from edgebert_export.errors import DataError, ModelError
-from edgebert_export.fidelity import Budget, Judge
+from edgebert_export.fidelity import Budget, Fidelity, Judge
 from edgebert_export.graph import find_products, open_graph, open_session, vocabulary_size
 from edgebert_export.quantise import QuantiseConfig, included
 from edgebert_export.quantise_cpu import quantise_cpu
@@ -90,6 +92,16 @@ def _case(
     return _Case(model, encoder, task, judge, calibration, [e.text for e in examples])
 
 
+def _with_heads_of_16(model: Any) -> Any:
+    """The same weights in heads of the smallest size that TensorRT fuses in INT8."""
+    config = type(model.config).from_dict(
+        model.config.to_dict() | {"num_attention_heads": model.config.hidden_size // 16}
+    )
+    changed = type(model)(config).eval()
+    changed.load_state_dict(model.state_dict())
+    return changed
+
+
 @pytest.fixture(scope="module")
 def cases(
     tmp_path_factory: pytest.TempPathFactory,
@@ -99,7 +111,11 @@ def cases(
     datasets: dict[str, Dataset],
     random_distilbert: Callable[..., Any],
 ) -> dict[str, _Case]:
-    """Tiny models: one for each task, and two of which no weights are equal, as if trained."""
+    """Tiny models: one for each task, and two of which no weights are equal, as if trained.
+
+    Those for a task have heads of 8 channels; the others have heads of 16, and compute only the
+    first token in their last layer.
+    """
     found = {
         name: _case(onnx_models[name], tiny_classifiers[name], tasks[name], datasets[name])
         for name in NAMES
@@ -107,7 +123,7 @@ def cases(
     root, task = tmp_path_factory.mktemp("trained"), tasks["single"]
     tokenizer = load_tokenizer(tiny_classifiers["single"])
     models: dict[str, Any] = {
-        "bert": load_model(tiny_classifiers["single"], task),
+        "bert": _with_heads_of_16(load_model(tiny_classifiers["single"], task)),
         "distilbert": random_distilbert(),
     }
     for name, model in models.items():
@@ -205,6 +221,11 @@ def _int8_weights(path: Path) -> int:
 def _logits(path: Path, case: _Case, texts: list[Text]) -> NDArray[np.float32]:
     with Classifier(open_session(path.read_bytes()), case.encoder, case.task) as classifier:
         return classifier.logits(texts)
+
+
+def _judged(path: Path, case: _Case) -> Fidelity:
+    """What a file for TensorRT is worth, with real FP16 stores."""
+    return case.judge.judge(emulate(ir.load(path)))
 
 
 def _between(first: float | None, second: float | None) -> float:
@@ -415,9 +436,12 @@ def test_a_model_that_is_quantised_already_is_refused(
 
 def test_patterns_leave_out_the_layers_that_they_match(cases: dict[str, _Case]) -> None:
     products = find_products(open_graph(cases["single"].model.path))
-    names = [product.name for product in included(products, ("linear",), ())]
+    names = [product.name for product in included(products, ("linear", "head"), ())]
     assert len(names) == 14
-    left = included(products, ("linear", "embedding"), ("*.layer.0.*", "classifier", "*word*"))
+    inside = [product.name for product in included(products, ("linear",), ())]
+    assert inside == [name for name in names if name not in ("bert.pooler.dense", "classifier")]
+    kinds = ("linear", "head", "embedding")
+    left = included(products, kinds, ("*.layer.0.*", "classifier", "*word*"))
     assert [product.name for product in left] == [
         "bert.embeddings.token_type_embeddings",
         "bert.embeddings.position_embeddings",
@@ -495,15 +519,17 @@ def test_both_models_for_tensorrt_are_valid_and_are_what_was_judged(
         assert TensorProto.FLOAT not in {weight.data_type for weight in initializers}
     assert case.model.path.read_bytes() == before
     assert log.refusal is None
-    assert log.fp16 == case.judge.judge((tmp_path / "fp16.onnx").read_bytes())
+    assert log.fp16 == _judged(tmp_path / "fp16.onnx", case)
     assert log.fit is not None
     assert log.fit.fits
-    assert log.fit.last == case.judge.judge((tmp_path / "int8.onnx").read_bytes())
-    assert (log.linear_layers, log.linear_int8, log.fit.layers) == (14, 14, 14)
-    assert (_int8_weights(tmp_path / "fp16.onnx"), _int8_weights(tmp_path / "int8.onnx")) == (0, 14)
-    # The first token that the last layer's queries read has a pair of its own.
-    pairs = 11 if name in ("bert", "distilbert") else 10
-    assert _count(tmp_path / "int8.onnx", "QuantizeLinear") == len(log.scales) == pairs
+    assert log.fit.last == _judged(tmp_path / "int8.onnx", case)
+    # 4 in each of 2 blocks; the last one's queries are apart if they are of the first token only.
+    layers = 9 if name in ("bert", "distilbert") else 8
+    assert (log.linear_layers, log.linear_int8, log.fit.layers) == (layers, layers, layers)
+    assert (log.head_layers, log.unfused) == (2, {})
+    weights = [_int8_weights(tmp_path / file) for file in ("fp16.onnx", "int8.onnx")]
+    assert weights == [0, layers]
+    assert _count(tmp_path / "int8.onnx", "QuantizeLinear") == len(log.scales) == layers
     assert log.texts.texts == 48
     assert log.fp16.divergence is not None
     assert log.fit.last.divergence is not None
@@ -613,7 +639,7 @@ def test_weights_are_rounded_together_unless_told_otherwise(
             changed += not np.array_equal(first, second)
         else:
             np.testing.assert_array_equal(first, second)
-    assert changed == 14
+    assert changed == 9
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
@@ -626,7 +652,7 @@ def test_smoothing_changes_scales_and_weights_in_the_file(
         logs.append(cases[name].gpu(config, tmp_path))
         files.append(onnx.load(tmp_path / "int8.onnx"))
     assert [log.trials[0].smoothed for log in logs] == [False, True]
-    assert len(logs[0].scales) == len(logs[1].scales) == 11
+    assert len(logs[0].scales) == len(logs[1].scales) == 9
     assert [s.scale for s in logs[0].scales] != [s.scale for s in logs[1].scales]
     stored = [
         [
@@ -641,14 +667,16 @@ def test_smoothing_changes_scales_and_weights_in_the_file(
 
 
 @pytest.mark.parametrize(
-    ("include", "quantisers", "matrices"),
+    ("include", "quantisers", "matrices", "linear"),
     [
-        (("linear",), 11, 14),
-        (("linear", "attention"), 19, 14),
-        (("linear", "embedding"), 11, 17),
-        (("linear", "attention", "embedding"), 19, 17),
-        (("attention",), 8, 0),
-        (("embedding",), 0, 3),
+        (("linear",), 9, 9, 9),
+        (("linear", "head"), 11, 11, 11),
+        (("head",), 2, 2, 2),
+        (("linear", "attention"), 13, 9, 9),
+        (("linear", "embedding"), 9, 12, 9),
+        (("linear", "head", "attention", "embedding"), 15, 14, 11),
+        (("attention",), 5, 1, 1),
+        (("embedding",), 0, 3, 0),
     ],
 )
 def test_what_is_included_is_quantised_and_nothing_else(
@@ -657,15 +685,68 @@ def test_what_is_included_is_quantised_and_nothing_else(
     include: tuple[Any, ...],
     quantisers: int,
     matrices: int,
+    linear: int,
 ) -> None:
     config = msgspec.structs.replace(PLAIN, include=include)
     log = cases["bert"].gpu(config, tmp_path)
     assert _count(tmp_path / "int8.onnx", "QuantizeLinear") == len(log.scales) == quantisers
     assert _int8_weights(tmp_path / "int8.onnx") == matrices
-    assert log.linear_layers == 14
-    assert log.linear_int8 == (14 if "linear" in include else 0)
+    assert log.linear_int8 == linear
+    assert (log.linear_layers, log.head_layers) == ((11, 0) if "head" in include else (9, 2))
     assert log.fit is not None
-    assert log.fit.last == cases["bert"].judge.judge((tmp_path / "int8.onnx").read_bytes())
+    assert log.fit.last == _judged(tmp_path / "int8.onnx", cases["bert"])
+
+
+def _in_int8(path: Path) -> set[str]:
+    """Names of the products that read dequantised numbers alone."""
+    nodes = onnx.load(path).graph.node
+    dequantised = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    return {n.name for n in nodes if n.op_type == "MatMul" and set(n.input) <= dequantised}
+
+
+def test_attention_is_in_int8_where_tensorrt_fuses_it_and_whole_or_not_at_all(
+    cases: dict[str, _Case], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    config = msgspec.structs.replace(PLAIN, include=("attention",))
+    log = cases["bert"].gpu(config, tmp_path, said)
+    first, last = (f"bert.encoder.layer.{layer}.attention.self" for layer in (0, 1))
+    assert log.fit is not None
+    assert (log.fit.layers, log.fit.quantised) == (1, (first,))
+    assert _in_int8(tmp_path / "int8.onnx") == {
+        "/bert/encoder/layer.0/attention/self/MatMul",
+        "/bert/encoder/layer.0/attention/self/MatMul_1",
+        "/bert/encoder/layer.0/attention/output/dense/MatMul",
+    }
+    reason = "its queries are of other tokens than its keys"
+    assert log.unfused == {last: reason}
+    assert f"int8-gpu: {last} stays in FP16: {reason}" in said
+
+
+def test_attention_of_which_a_part_is_excluded_stays_in_fp16(
+    cases: dict[str, _Case], tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(
+        PLAIN, include=("linear", "attention"), exclude=("*.layer.0.attention.output.dense",)
+    )
+    log = cases["bert"].gpu(config, tmp_path)
+    first = "bert.encoder.layer.0.attention.self"
+    assert log.unfused[first] == "a part of it is excluded (quantise.exclude)"
+    assert not [name for name in _in_int8(tmp_path / "int8.onnx") if name.endswith("self/MatMul")]
+    assert log.linear_int8 == 8
+
+
+def test_heads_of_a_size_that_tensorrt_does_not_fuse_stay_in_fp16(
+    cases: dict[str, _Case], tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(PLAIN, include=("linear", "attention"))
+    log = cases["single"].gpu(config, tmp_path)
+    reason = "its heads are of 8 channels, and only 16, 32, 64 are fused"
+    names = [f"bert.encoder.layer.{layer}.attention.self" for layer in (0, 1)]
+    assert log.unfused == dict.fromkeys(names, reason)
+    assert len(_in_int8(tmp_path / "int8.onnx")) == log.linear_int8 == 8
+    with pytest.raises(ModelError, match=f"nothing is left to quantise: {reason}"):
+        cases["single"].gpu(msgspec.structs.replace(PLAIN, include=("attention",)), tmp_path)
 
 
 @pytest.mark.parametrize("smoothing", ["never", "always"])
@@ -674,15 +755,17 @@ def test_everything_of_a_distilbert_can_be_included(
 ) -> None:
     """Its queries are divided before their product with the keys; that division goes away."""
     config = msgspec.structs.replace(
-        PLAIN, include=("linear", "attention", "embedding"), smoothing=smoothing
+        PLAIN, include=("linear", "head", "attention", "embedding"), smoothing=smoothing
     )
     log = cases["distilbert"].gpu(config, tmp_path)
     onnx.checker.check_model(str(tmp_path / "int8.onnx"), full_check=True)
-    assert _count(tmp_path / "int8.onnx", "QuantizeLinear") == len(log.scales) == 19
+    assert _count(tmp_path / "int8.onnx", "QuantizeLinear") == len(log.scales) == 15
     assert _count(tmp_path / "int8.onnx", "Div") == 0
-    assert _int8_weights(tmp_path / "int8.onnx") == 16
+    assert _int8_weights(tmp_path / "int8.onnx") == 13
     assert log.fit is not None
-    assert log.fit.layers == 14 + 4 + 2
+    # The first attention's output layer goes with its products; the last one is of other tokens.
+    assert log.fit.layers == 11 - 1 + 1 + 2
+    assert list(log.unfused) == ["distilbert.transformer.layer.1.attention"]
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
@@ -695,7 +778,7 @@ def test_tensorrts_parser_takes_both_models_with_everything_included_and_smoothe
     )
     config = msgspec.structs.replace(
         PLAIN,
-        include=("linear", "attention", "embedding"),
+        include=("linear", "head", "attention", "embedding"),
         smoothing="always",
         input_type="int32",
     )
@@ -710,11 +793,13 @@ def test_tensorrts_parser_takes_both_models_with_everything_included_and_smoothe
 
 
 def test_layers_that_are_excluded_stay_in_fp16(cases: dict[str, _Case], tmp_path: Path) -> None:
-    config = msgspec.structs.replace(PLAIN, exclude=("*.layer.0.*", "classifier"))
+    config = msgspec.structs.replace(
+        PLAIN, include=("linear", "head"), exclude=("*.layer.0.*", "classifier")
+    )
     log = cases["bert"].gpu(config, tmp_path)
     assert log.fit is not None
-    assert log.fit.layers == log.linear_int8 == _int8_weights(tmp_path / "int8.onnx") == 7
-    assert log.linear_layers == 14
+    assert log.fit.layers == log.linear_int8 == _int8_weights(tmp_path / "int8.onnx") == 6
+    assert log.linear_layers == 11
     assert not [name for name in log.fit.quantised if ".layer.0." in name or name == "classifier"]
     read = _initializers(onnx.load(tmp_path / "int8.onnx"))
     nodes = onnx.load(tmp_path / "int8.onnx").graph.node
@@ -767,7 +852,7 @@ def test_neither_model_is_written_if_fp16_alone_misses_the_budget(
     assert log.fp16 is not None
     assert not log.fp16.fits(budget)
     assert (log.trials, log.chosen, log.fit, log.linear_int8, log.scales) == ((), None, None, 0, ())
-    assert log.linear_layers == 14
+    assert (log.linear_layers, log.head_layers) == (8, 2)
     assert said[-1] == "neither fp16-gpu nor int8-gpu: FP16 alone misses the budget"
 
 
@@ -828,7 +913,7 @@ def test_there_is_an_fp16_model_but_no_int8_model_if_no_layer_fits_the_budget(
     assert log.fit is not None
     assert not log.fit.fits
     assert (log.fit.quantised, log.linear_int8, log.scales) == ((), 0, ())
-    assert len(log.fit.given_back) == log.fit.layers - 1 == 5
+    assert len(log.fit.given_back) == log.fit.layers - 1 == 3
 
 
 def test_layers_go_back_to_fp16_until_the_budget_fits(
@@ -846,10 +931,10 @@ def test_layers_go_back_to_fp16_until_the_budget_fits(
     assert back
     assert back == [damage.layer for damage in before.fit.sensitivity][: len(back)]
     assert log.fit.quantised == tuple(n for n in before.fit.quantised if n not in back)
-    assert log.linear_int8 == _int8_weights(tmp_path / "int8.onnx") == 6 - len(back) < 6
+    assert log.linear_int8 == _int8_weights(tmp_path / "int8.onnx") == 4 - len(back) < 4
     assert log.fit.last.divergence is not None
     assert log.fit.last.divergence <= limit
-    assert log.fit.last == cases["bert"].judge.judge((tmp_path / "int8.onnx").read_bytes())
+    assert log.fit.last == _judged(tmp_path / "int8.onnx", cases["bert"])
     quantised = {scale.activation for scale in log.scales}
     nodes = onnx.load(tmp_path / "int8.onnx").graph.node
     assert quantised == {node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
