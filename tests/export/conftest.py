@@ -46,7 +46,7 @@ def random_distilbert(
 ) -> Callable[..., Any]:
     """Returns a function that makes a tiny DistilBERT for single texts, with random weights."""
 
-    def make(initializer_range: float = 0.5) -> Any:
+    def make(initializer_range: float = 0.5, heads: int = 4) -> Any:
         import torch
         from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
@@ -56,7 +56,7 @@ def random_distilbert(
             vocab_size=tiny_classifiers["single"].architecture.vocab_size,
             dim=32,
             n_layers=2,
-            n_heads=2,  # of 16 channels each
+            n_heads=heads,
             hidden_dim=64,
             max_position_embeddings=128,
             initializer_range=initializer_range,

@@ -124,7 +124,7 @@ def cases(
     tokenizer = load_tokenizer(tiny_classifiers["single"])
     models: dict[str, Any] = {
         "bert": _with_heads_of_16(load_model(tiny_classifiers["single"], task)),
-        "distilbert": random_distilbert(),
+        "distilbert": random_distilbert(heads=2),
     }
     for name, model in models.items():
         with torch.no_grad():
