@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from edgebert_export.calibrate import token_batches
 from edgebert_export.checkpoint import (
     Checkpoint,
     checkpoint_encoder,
@@ -30,7 +31,16 @@ from edgebert_export.dataset import Dataset, Example
 from edgebert_export.emulate import emulate
 from edgebert_export.errors import DataError, ModelError
 from edgebert_export.fidelity import Budget, Fidelity, Judge
-from edgebert_export.graph import find_products, open_graph, open_session, vocabulary_size
+from edgebert_export.graph import (
+    constant,
+    copy_of,
+    find_products,
+    open_graph,
+    open_session,
+    set_constant,
+    vocabulary_size,
+    write_graph,
+)
 from edgebert_export.quantise import QuantiseConfig, included
 from edgebert_export.quantise_cpu import quantise_cpu
 from edgebert_export.quantise_gpu import GpuLog, check_texts, quantise_gpu
@@ -805,6 +815,111 @@ def test_layers_that_are_excluded_stay_in_fp16(cases: dict[str, _Case], tmp_path
     nodes = onnx.load(tmp_path / "int8.onnx").graph.node
     (head,) = [node for node in nodes if node.name == "/classifier/Gemm"]
     assert read[head.input[1]].data_type == TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize(
+    ("pattern", "on_a_cpu"),
+    [("*.query", {"query"}), ("*.query+key+value", {"query", "key", "value"})],
+)
+def test_merged_layers_are_excluded_by_their_name_and_by_that_of_any_of_them(
+    cases: dict[str, _Case], tmp_path: Path, pattern: str, on_a_cpu: set[str]
+) -> None:
+    """A recipe is written for both; what is one layer on a GPU is three on a CPU."""
+    config = msgspec.structs.replace(PLAIN, exclude=(pattern,), embeddings=False)
+    everything = [p.name for p in find_products(open_graph(cases["single"].model.path))]
+    log = cases["single"].gpu(config, tmp_path)
+    assert log.fit is not None
+    assert len(log.fit.quantised) == log.linear_int8 == 8 - 2
+    assert not [name for name in log.fit.quantised if ".self." in name]
+    fit = cases["single"].cpu(config, tmp_path / "cpu.onnx")
+    left_out = {name for name in everything if name.rpartition(".")[2] in on_a_cpu}
+    assert len(left_out) == 2 * len(on_a_cpu)
+    assert len(fit.quantised) == 14 - len(left_out)
+    assert not left_out & set(fit.quantised)
+
+
+def _activations(case: _Case, graph: ir.Model, name: str) -> NDArray[np.float32]:
+    """What an activation holds on the calibration texts, padding included: ``[tokens, width]``."""
+    watched = copy_of(graph)
+    values = {value.name: value for node in watched.graph for value in node.outputs}
+    watched.graph.outputs.append(values[name])
+    rows, found = case.encoder.encode(case.calibration), []
+    session = open_session(watched)
+    for batch in token_batches(rows):
+        result = session.run(case.encoder.collate([rows[index] for index in batch]))[name]
+        found.append(result.reshape(-1, result.shape[-1]))
+    session.close()
+    return np.concatenate(found)
+
+
+def test_the_largest_sum_of_each_int8_product_is_measured(
+    cases: dict[str, _Case], tmp_path: Path
+) -> None:
+    case = cases["bert"]
+    config = msgspec.structs.replace(PLAIN, include=("linear", "attention"))
+    log = case.gpu(config, tmp_path)
+    assert log.out_of_range == ()
+    names = [found.layer for found in log.ranges]
+    assert len(names) == len(set(names)) == len(_in_int8(tmp_path / "int8.onnx")) == 9 + 2
+    for found in log.ranges:
+        assert found.share == pytest.approx(found.largest / 65_504)
+        assert 0 < found.share <= 0.5
+    # The first product's activation is before all that is quantised, the same as in FP32.
+    first = log.ranges[0]
+    assert first.layer == "bert.encoder.layer.0.attention.self.query+key+value"
+    scale = next(scale for scale in log.scales if "embeddings" in scale.activation)
+    activations = _activations(case, open_graph(case.model.path), scale.activation)
+    stored = _initializers(onnx.load(tmp_path / "int8.onnx"))
+    (name,) = [n for n in stored if "layer.0" in n and n.endswith("query+key+value.weight_int8")]
+    weight = numpy_helper.to_array(stored[name]).astype(np.int64)
+    unit = numpy_helper.to_array(stored[name.removesuffix("int8") + "scale"]).item()
+    steps = np.clip(np.rint(activations / np.float32(scale.scale)), -128, 127).astype(np.int64)
+    largest = np.abs(steps @ weight).max() * scale.scale * unit
+    assert first.largest == pytest.approx(largest, rel=1e-5)
+
+
+def test_a_product_whose_sum_could_leave_fp16_stays_in_fp16(
+    cases: dict[str, _Case], datasets: dict[str, Dataset], tmp_path: Path
+) -> None:
+    """One output of huge weights makes the scale inside large; one of small weights, which all add
+    up, is then small only behind the product. Nothing in the model itself comes near the end."""
+    case, said = cases["bert"], list[str]()
+    graph = open_graph(case.model.path)
+    wide = "bert.encoder.layer.0.intermediate.dense"
+    products = {product.name: product for product in find_products(graph)}
+    activations = _activations(case, graph, products[wide].operands[0].value)
+    weight = constant(graph, str(products[wide].weight)).copy()
+    weight[:, :2] = 0
+    weight[np.abs(activations).max(axis=0).argmin(), 0] = 4_000
+    weight[:, 1] = 0.2 * np.sign(activations[0])
+    behind = constant(graph, str(products["bert.encoder.layer.0.output.dense"].weight)).copy()
+    behind[:2] = 0  # the model's answers do not depend on either
+    set_constant(graph, str(products[wide].weight), weight)
+    set_constant(graph, str(products["bert.encoder.layer.0.output.dense"].weight), behind)
+    assert np.abs(activations @ weight).max() < 65_504 / 2
+    (tmp_path / "out").mkdir()
+    write_graph(graph, tmp_path / "wide.onnx")
+    judge = Judge(
+        (tmp_path / "wide.onnx").read_bytes(),
+        case.task,
+        case.encoder,
+        datasets["single"].validation[:32],
+    )
+    changed = replace(case, model=OnnxModel(tmp_path / "wide.onnx", "fp32"), judge=judge)
+    log = changed.gpu(PLAIN, tmp_path / "out", said)
+    assert log.refusal is None
+    (found,) = log.out_of_range
+    assert found.layer == wide
+    assert found.share == pytest.approx(found.largest / 65_504)
+    assert found.share > 0.5
+    assert f"int8-gpu: {wide} stays in FP16: its sum reaches {found.largest:.3g}" in said
+    assert log.fit is not None
+    assert (log.linear_layers, log.linear_int8, len(log.fit.quantised)) == (9, 8, 8)
+    assert wide not in {*log.fit.quantised, *(kept.layer for kept in log.ranges)}
+    assert products[wide].node not in _in_int8(tmp_path / "out" / "int8.onnx")
+    assert len(_in_int8(tmp_path / "out" / "int8.onnx")) == 8
+    assert log.fit.last == _judged(tmp_path / "out" / "int8.onnx", changed)
+    assert log.fit.last.divergence is not None
 
 
 def test_max_clips_nothing_of_the_calibration_texts_and_percentiles_what_they_say(
