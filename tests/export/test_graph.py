@@ -15,7 +15,14 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from safetensors.torch import load_file
 
-from edgebert_export.checkpoint import Checkpoint, checkpoint_encoder, load_model, open_checkpoint
+from edgebert_export.checkpoint import (
+    Checkpoint,
+    checkpoint_encoder,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    save_checkpoint,
+)
 from edgebert_export.errors import ExportError, ModelError
 from edgebert_export.graph import (
     add_constant,
@@ -124,6 +131,60 @@ def test_queries_keys_and_values_read_one_activation(onnx_models: dict[str, Onnx
         prefix = f"bert.encoder.layer.{layer}.attention.self"
         assert len({read[f"{prefix}.{part}"] for part in ("query", "key", "value")}) == 1
     assert len(set(read.values())) == 10
+
+
+def _heads(path: Path) -> list[str]:
+    return [product.name for product in find_products(open_graph(path)) if product.head]
+
+
+def _exported(
+    model: Any, like: Checkpoint, task: Task, root: Path, *, first_token: bool = False
+) -> Path:
+    checkpoint = save_checkpoint(model, load_tokenizer(like), root / "model")
+    config = ExportConfig(max_length=64, first_token=first_token)
+    return to_onnx(checkpoint, task, config, root / "model.onnx").path
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("bert", ["bert.pooler.dense", "classifier"]),
+        ("distilbert", ["pre_classifier", "classifier"]),
+    ],
+)
+def test_the_layers_behind_the_last_transformer_layer_are_its_head(
+    tiny_classifiers: dict[str, Checkpoint],
+    tasks: dict[str, Task],
+    random_distilbert: Callable[..., Any],
+    tmp_path: Path,
+    kind: str,
+    expected: list[str],
+    first_token: bool,
+) -> None:
+    like, task = tiny_classifiers["single"], tasks["single"]
+    model = load_model(like, task) if kind == "bert" else random_distilbert()
+    assert _heads(_exported(model, like, task, tmp_path, first_token=first_token)) == expected
+
+
+@pytest.mark.parametrize(("channels", "small"), [(15, True), (16, False)])
+def test_a_layer_with_fewer_than_16_inputs_or_outputs_counts_as_head_wherever_it_is(
+    tiny_classifiers: dict[str, Checkpoint],
+    tasks: dict[str, Task],
+    tmp_path: Path,
+    channels: int,
+    small: bool,
+) -> None:
+    like, task = tiny_classifiers["single"], tasks["single"]
+    base = load_model(like, task)
+    config = type(base.config).from_dict(base.config.to_dict() | {"intermediate_size": channels})
+    narrow = [
+        f"bert.encoder.layer.{layer}.{part}.dense"
+        for layer in (0, 1)
+        for part in ("intermediate", "output")
+    ]
+    expected = [*(narrow if small else []), "bert.pooler.dense", "classifier"]
+    assert _heads(_exported(type(base)(config).eval(), like, task, tmp_path)) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
