@@ -46,7 +46,7 @@ def random_distilbert(
 ) -> Callable[..., Any]:
     """Returns a function that makes a tiny DistilBERT for single texts, with random weights."""
 
-    def make(initializer_range: float = 0.5, width: int = 32, heads: int = 4) -> Any:
+    def make(initializer_range: float = 0.5, heads: int = 4) -> Any:
         import torch
         from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
@@ -54,10 +54,10 @@ def random_distilbert(
         torch.manual_seed(1)
         config = DistilBertConfig(
             vocab_size=tiny_classifiers["single"].architecture.vocab_size,
-            dim=width,
+            dim=32,
             n_layers=2,
             n_heads=heads,
-            hidden_dim=2 * width,
+            hidden_dim=64,
             max_position_embeddings=128,
             initializer_range=initializer_range,
             id2label=dict(enumerate(labels)),

@@ -119,9 +119,9 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "hash without line feed": lambda bundle: (bundle / MANIFEST_HASH).write_bytes(
         (bundle / MANIFEST_HASH).read_bytes().rstrip()
     ),
-    "unknown version": _change(lambda m: m.update(format_version=4)),
+    "unknown version": _change(lambda m: m.update(format_version=3)),
     "unknown key": _change(lambda m: m.update(comment="")),
-    "unknown key inside": _change(lambda m: m["variants"][0].update(opset=21)),
+    "unknown key inside": _change(lambda m: m["variants"][0].update(opset=20)),
     "missing key": _change(lambda m: m["provenance"].pop("seed")),
     "path that climbs": _change(lambda m: m["files"][0].update(path="../tokenizer.json")),
     "file listed twice": _change(lambda m: m["files"].append(m["files"][0])),

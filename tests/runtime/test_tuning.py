@@ -169,7 +169,6 @@ def test_its_batches_are_computed_by_as_many_as_it_says(tuned, by_core: bool, wo
     [
         (lambda m: m["tunings"][0].update(variant="gone"), "'gone'"),
         (lambda m: m["variants"][1].update(devices=["cuda"]), "'tuned', no variant for cpu"),
-        (lambda m: m.update(format_version=2), "format_version 2 has no tunings"),
         (lambda m: m["tunings"].append(m["tunings"][0]), "same processor and cores"),
         (lambda m: m["tunings"][0].update(colour=1), "colour"),
         (lambda m: m["tunings"][0].update(processor=""), "processor"),
