@@ -107,7 +107,8 @@ def expect(
 
 def _faults(logits: NDArray[np.float32]) -> list[float]:
     """How far the outputs of plain faults are from ``float32[rows, width]``."""
-    wrong = [np.zeros_like(logits), logits / 2, np.roll(logits, 1, axis=0)]
+    wrong: list[NDArray[np.float32]] = [np.zeros_like(logits), logits * np.float32(0.5)]
+    wrong.append(np.roll(logits, 1, axis=0))
     if logits.shape[1] > 1:
         wrong.append(np.roll(logits, 1, axis=1))
     return [float(np.abs(logits - other).max()) for other in wrong]
