@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
 from edgebert_export.attention import find_attentions, merge_projections, scale_queries
 from edgebert_export.checkpoint import (
@@ -196,3 +199,41 @@ def test_the_reason_why_an_attention_is_not_fused_is_the_first_that_holds(
     assert headless.unfused_in_int8 == "no linear layer reads its result"
     apart = replace(whole, merged=False)
     assert apart.unfused_in_int8 == "its queries are of other tokens than its keys"
+
+
+def test_projections_whose_heads_are_of_other_sizes_are_not_merged(
+    tiny: dict[tuple[str, bool], _Tiny], tmp_path: Path
+) -> None:
+    """Values may have wider heads than queries and keys, which one reshape cannot give."""
+    proto = onnx.ModelProto.FromString(to_bytes(tiny["bert", False].graph))
+    nodes = {node.name: node for node in proto.graph.node}
+    held = {weight.name: weight for weight in proto.graph.initializer}
+    scope = "/bert/encoder/layer.0/attention"
+
+    def double(name: str, axis: int) -> None:
+        array = numpy_helper.to_array(held[name])
+        held[name].CopyFrom(numpy_helper.from_array(np.concatenate([array] * 2, axis), name))
+
+    def resize(reshape: onnx.NodeProto, size: int) -> None:
+        (shape,) = [node for node in nodes.values() if reshape.input[1] in node.output]
+        proto.graph.initializer.append(numpy_helper.from_array(np.array([size]), f"size_{size}"))
+        shape.input[-1] = f"size_{size}"
+
+    value, output = nodes[f"{scope}/self/value/MatMul"], nodes[f"{scope}/output/dense/MatMul"]
+    (add,) = [node for node in nodes.values() if value.output[0] in node.input]
+    double(value.input[1], 1)
+    double(next(name for name in add.input if name in held), 0)
+    double(output.input[1], 0)
+    (split,) = [n for n in nodes.values() if n.op_type == "Reshape" and n.input[0] == add.output[0]]
+    resize(split, 16)
+    (joined,) = [node for node in nodes.values() if output.input[0] in node.output]
+    resize(joined, 64)
+    del proto.graph.value_info[:]  # shapes as they were
+    onnx.save(proto, tmp_path / "heads.onnx")
+    graph = open_graph(tmp_path / "heads.onnx")
+    merged = merge_projections(graph)
+    prefix, parts = LAYERS["bert"]
+    names = [name for name in _names(merged) if name.startswith(prefix.format(0))]
+    assert names == [prefix.format(0) + part for part in parts]
+    logits = tiny["bert", False].logits
+    np.testing.assert_allclose(logits(merged), logits(graph), rtol=1e-4, atol=1e-5)

@@ -15,7 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
+from edgebert_export.attention import merge_projections, scale_queries
 from edgebert_export.calibrate import calibrate, largest_magnitudes
 from edgebert_export.checkpoint import (
     Checkpoint,
@@ -39,7 +41,7 @@ from edgebert_export.graph import (
 )
 from edgebert_export.precision import to_half
 from edgebert_export.qdq import activation_scale, insert_qdq, quantise_weight
-from edgebert_export.to_onnx import ExportConfig, to_onnx
+from edgebert_export.to_onnx import ExportConfig, OnnxModel, to_onnx
 from edgebert_runtime.encoder import Encoded, TextEncoder
 from edgebert_runtime.manifest import Task
 
@@ -291,3 +293,67 @@ def test_every_result_that_is_typed_fp16_lies_on_its_grid(wide: _Wide, int8: boo
     assert changed > len(rounded) / 2
     # That they were watched changes nothing: they are rounded when nobody looks, too.
     np.testing.assert_array_equal(results["logits"], logits)
+
+
+def _everything(half: ir.Model, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
+    """Every value of a typed graph as the emulated one has it, by its name."""
+    watched = emulate(half)
+    values = {str(v.name): v for node in watched.graph for v in node.outputs if v.dtype is not None}
+    names = {
+        name: f"{name}_read" if f"{name}_read" in values else name
+        for name in (str(v.name) for node in half.graph for v in node.outputs)
+    }
+    names = {name: there for name, there in names.items() if there in values}
+    outputs = {value.name for value in watched.graph.outputs}
+    watched.graph.outputs.extend(values[there] for there in names.values() if there not in outputs)
+    session = open_session(watched)
+    found = session.run(batch)
+    session.close()
+    return {**{name: found[there] for name, there in names.items()}, **batch}
+
+
+@pytest.mark.parametrize("name", ["single", "multi", "pairs"])
+def test_each_operator_gives_what_onnxs_own_reference_does_rounded_once(
+    onnx_models: dict[str, OnnxModel],
+    tiny_classifiers: dict[str, Checkpoint],
+    tasks: dict[str, Task],
+    texts_for: dict[str, list[Any]],
+    name: str,
+) -> None:
+    """Computed by NumPy in FP32, of what was stored before, so that errors do not add up."""
+    text_pair = tasks[name].text_pair
+    encoder = checkpoint_encoder(tiny_classifiers[name], max_length=64, text_pair=text_pair)
+    graph = open_graph(onnx_models[name].path)
+    half = to_half(merge_projections(scale_queries(graph, find_products(graph))))
+    model = onnx.ModelProto.FromString(to_bytes(half))
+    held: dict[str, Any] = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    held |= _everything(half, encoder.collate(encoder.encode(texts_for[name][:6])))
+    compared: list[str] = []
+    for node in model.graph.node:
+        if not set(node.input) <= set(held) or not set(node.output) <= set(held):
+            continue
+        inputs = {key: np.asarray(held[key]) for key in node.input if key}
+        inputs = {
+            key: array.astype(np.float32) if array.dtype == np.float16 else array
+            for key, array in inputs.items()
+        }
+        alone = helper.make_graph(
+            [node],
+            "alone",
+            [helper.make_empty_tensor_value_info(key) for key in inputs],
+            [helper.make_empty_tensor_value_info(key) for key in node.output],
+        )
+        evaluator = ReferenceEvaluator(helper.make_model(alone, opset_imports=model.opset_import))
+        results = evaluator.run(None, inputs)
+        assert isinstance(results, list)
+        result, stored = results[0], held[node.output[0]]
+        types = {value.name: value.dtype for n in half.graph for value in n.outputs}
+        if types[node.output[0]] == ir.DataType.FLOAT16:
+            result = _half(np.asarray(result, dtype=np.float32))
+            np.testing.assert_array_equal(stored, _half(stored), err_msg=node.name)
+        np.testing.assert_allclose(stored, result, rtol=2**-10, atol=1e-4, err_msg=node.name)
+        compared.append(node.op_type)
+    # Four linear layers and two products of attention in each of two layers, and the head's two.
+    assert compared.count("MatMul") == 2 * (4 + 2) + 2
+    assert {"Add", "LayerNormalization", "Gelu", "Tanh", "Softmax", "Gather"} <= set(compared)
+    assert len(compared) > 0.9 * len(model.graph.node)

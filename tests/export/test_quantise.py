@@ -32,6 +32,7 @@ from edgebert_export.emulate import emulate
 from edgebert_export.errors import DataError, ModelError
 from edgebert_export.fidelity import Budget, Fidelity, Judge
 from edgebert_export.graph import (
+    Product,
     constant,
     copy_of,
     find_products,
@@ -878,12 +879,14 @@ def test_the_largest_sum_of_each_int8_product_is_measured(
     assert first.largest == pytest.approx(largest, rel=1e-5)
 
 
-def test_a_product_whose_sum_could_leave_fp16_stays_in_fp16(
-    cases: dict[str, _Case], datasets: dict[str, Dataset], tmp_path: Path
-) -> None:
-    """One output of huge weights makes the scale inside large; one of small weights, which all add
-    up, is then small only behind the product. Nothing in the model itself comes near the end."""
-    case, said = cases["bert"], list[str]()
+def _with_a_wide_sum(
+    case: _Case, dataset: Dataset, path: Path
+) -> tuple[_Case, Product, NDArray[np.float32]]:
+    """Returns a model of which one layer's sum leaves FP16 in INT8, the layer, and its results.
+
+    One output of huge weights makes the scale inside large; one of small weights, which all add
+    up, is then small only behind the product. Nothing in the model itself comes near the end.
+    """
     graph = open_graph(case.model.path)
     wide = "bert.encoder.layer.0.intermediate.dense"
     products = {product.name: product for product in find_products(graph)}
@@ -896,16 +899,22 @@ def test_a_product_whose_sum_could_leave_fp16_stays_in_fp16(
     behind[:2] = 0  # the model's answers do not depend on either
     set_constant(graph, str(products[wide].weight), weight)
     set_constant(graph, str(products["bert.encoder.layer.0.output.dense"].weight), behind)
-    assert np.abs(activations @ weight).max() < 65_504 / 2
+    write_graph(graph, path)
+    judge = Judge(path.read_bytes(), case.task, case.encoder, dataset.validation[:32])
+    changed = replace(case, model=OnnxModel(path, "fp32"), judge=judge)
+    return changed, products[wide], activations @ weight
+
+
+def test_a_product_whose_sum_could_leave_fp16_stays_in_fp16(
+    cases: dict[str, _Case], datasets: dict[str, Dataset], tmp_path: Path
+) -> None:
+    said: list[str] = []
     (tmp_path / "out").mkdir()
-    write_graph(graph, tmp_path / "wide.onnx")
-    judge = Judge(
-        (tmp_path / "wide.onnx").read_bytes(),
-        case.task,
-        case.encoder,
-        datasets["single"].validation[:32],
+    changed, product, results = _with_a_wide_sum(
+        cases["bert"], datasets["single"], tmp_path / "wide.onnx"
     )
-    changed = replace(case, model=OnnxModel(tmp_path / "wide.onnx", "fp32"), judge=judge)
+    wide = product.name
+    assert np.abs(results).max() < 65_504 / 2
     log = changed.gpu(PLAIN, tmp_path / "out", said)
     assert log.refusal is None
     (found,) = log.out_of_range
@@ -916,10 +925,46 @@ def test_a_product_whose_sum_could_leave_fp16_stays_in_fp16(
     assert log.fit is not None
     assert (log.linear_layers, log.linear_int8, len(log.fit.quantised)) == (9, 8, 8)
     assert wide not in {*log.fit.quantised, *(kept.layer for kept in log.ranges)}
-    assert products[wide].node not in _in_int8(tmp_path / "out" / "int8.onnx")
+    assert product.node not in _in_int8(tmp_path / "out" / "int8.onnx")
     assert len(_in_int8(tmp_path / "out" / "int8.onnx")) == 8
     assert log.fit.last == _judged(tmp_path / "out" / "int8.onnx", changed)
     assert log.fit.last.divergence is not None
+
+
+def test_there_is_no_int8_model_if_every_products_sum_could_leave_fp16(
+    cases: dict[str, _Case], datasets: dict[str, Dataset], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    (tmp_path / "out").mkdir()
+    changed, product, _ = _with_a_wide_sum(
+        cases["bert"], datasets["single"], tmp_path / "wide.onnx"
+    )
+    linear = [p for p in find_products(open_graph(changed.model.path)) if p.kind == "linear"]
+    others = tuple(other.name for other in linear if other != product)
+    config = msgspec.structs.replace(PLAIN, exclude=others)
+    log = changed.gpu(config, tmp_path / "out", said)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["fp16.onnx"]
+    assert log.refusal == "every product's sum could leave FP16"
+    assert said[-1] == f"int8-gpu: {log.refusal}: FP16 it is"
+    assert [found.layer for found in log.out_of_range] == [product.name]
+    assert (log.linear_int8, log.fit, log.ranges, log.scales) == (0, None, (), ())
+
+
+def test_where_queries_are_apart_patterns_find_them_and_the_rest_alike(
+    cases: dict[str, _Case], tmp_path: Path
+) -> None:
+    """In a last layer that computes the first token alone."""
+    prefix = "bert.encoder.layer.1.attention.self"
+    found = {}
+    for pattern in ("*.1.*.query", "*.1.*.key", "*.1.*.query+key+value"):
+        log = cases["bert"].gpu(msgspec.structs.replace(PLAIN, exclude=(pattern,)), tmp_path)
+        assert log.fit is not None
+        found[pattern] = {name for name in log.fit.quantised if name.startswith(prefix)}
+    assert found == {
+        "*.1.*.query": {f"{prefix}.key+value"},
+        "*.1.*.key": {f"{prefix}.query"},
+        "*.1.*.query+key+value": set(),
+    }
 
 
 def test_max_clips_nothing_of_the_calibration_texts_and_percentiles_what_they_say(

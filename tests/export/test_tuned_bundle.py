@@ -94,20 +94,6 @@ def test_a_tuning_replaces_that_for_the_same_processor_and_cores(bundle: Path, o
     assert found.manifest.tunings == (*others, first)
 
 
-def test_a_bundle_of_an_older_format_becomes_one_that_may_be_tuned(bundle: Path, out: Path) -> None:
-    import json
-    from hashlib import sha256
-
-    manifest = json.loads((bundle / "manifest.json").read_bytes())
-    manifest["format_version"] = 2
-    del manifest["tunings"]
-    data = json.dumps(manifest).encode()
-    (bundle / "manifest.json").write_bytes(data)
-    (bundle / "manifest.sha256").write_text(f"{sha256(data).hexdigest()}  manifest.json\n")
-    assert Bundle.open(bundle).manifest.format_version == 2
-    assert write_tuned(Bundle.open(bundle), out, tuning()).manifest.format_version == 3
-
-
 def test_a_damaged_bundle_is_not_copied(bundle: Path, out: Path) -> None:
     opened = Bundle.open(bundle)
     data = bytearray((bundle / "tokenizer.json").read_bytes())

@@ -100,7 +100,13 @@ def test_the_same_inputs_give_the_same_bytes(
 def test_every_file_is_listed_with_its_size_and_hash(write: Any, tmp_path: Path, name: str) -> None:
     bundle = write(tmp_path / "bundle", name)
     files = _files(bundle.path)
-    assert set(files) == {"manifest.json", "manifest.sha256", "models/fp32.onnx", "tokenizer.json"}
+    assert set(files) == {
+        "known_answers.json",
+        "manifest.json",
+        "manifest.sha256",
+        "models/fp32.onnx",
+        "tokenizer.json",
+    }
     listed = {e.path: (e.size_bytes, e.sha256) for e in bundle.manifest.files}
     assert listed == {
         path: (len(data), hashlib.sha256(data).hexdigest())
