@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgebert_export.emulate import open_emulated
+from edgebert_export.errors import ExportError
 from edgebert_runtime.encoder import Encoded, Text, TextEncoder
 from edgebert_runtime.known_answers import Expected, KnownAnswers, KnownRow, inputs_of
 from edgebert_runtime.onnx_session import OnnxSession
@@ -31,8 +32,8 @@ _LEAST_SHARE = 0.01
 _TIMES_OWN = 2.0
 """Of a variant's own distance from FP32: kernels that round a little otherwise move other values to
 other steps of INT8, which comes to as much again."""
-_SHARE_OF_FAULT = 0.5
-_LEAST = 1e-6
+_LEAST = 1e-4
+"""Another processor moves FP32 outputs by some millionths (docs/jetson.md)."""
 
 
 def draw_batches(texts: Sequence[Text], encoder: TextEncoder) -> Batches:
@@ -44,7 +45,7 @@ def draw_batches(texts: Sequence[Text], encoder: TextEncoder) -> Batches:
     """
     rows = sorted(encoder.encode(texts), key=lambda row: len(row.ids))
     special = encoder.special_ids
-    tokens = [number for row in rows for number in row.ids if number not in special]
+    tokens = np.array([number for row in rows for number in row.ids if number not in special])
     random = np.random.default_rng(_SEED)
     chosen = [rows[index] for index in np.linspace(0, len(rows) - 1, _ROWS).astype(int)]
     drawn = [_drawn(row, tokens, special, random) for row in chosen]
@@ -52,7 +53,7 @@ def draw_batches(texts: Sequence[Text], encoder: TextEncoder) -> Batches:
 
 
 def _drawn(
-    row: Encoded, tokens: Sequence[int], special: frozenset[int], random: np.random.Generator
+    row: Encoded, tokens: NDArray[np.int64], special: frozenset[int], random: np.random.Generator
 ) -> KnownRow:
     ids = [number if number in special else int(random.choice(tokens)) for number in row.ids]
     return KnownRow(input_ids=tuple(ids), token_type_ids=tuple(row.type_ids))
@@ -78,8 +79,7 @@ def expect(
     """Runs the batches, and says how far other sessions may be from what they give.
 
     The tolerance is a hundredth of the largest raw output, or twice as far as the variant itself is
-    from FP32, whichever is more; and never more than half of what the smallest of some plain faults
-    would change: outputs of zero, of half the size, of another row, of another column.
+    from FP32, whichever is more: a session that is right may be off by as much.
 
     Args:
         batches: Token ids.
@@ -87,31 +87,28 @@ def expect(
         names: Of the model's inputs.
         pad_token_id: What fills short rows.
         reference: The FP32 variant's; ``None`` for that variant itself.
+
+    Raises:
+        ExportError: An output is not a finite number.
     """
     found = [
         np.asarray(session.run(inputs_of(batch, names, pad_token_id))["logits"], dtype=np.float32)
         for batch in batches
     ]
+    if not all(np.isfinite(logits).all() for logits in found):
+        raise ExportError(
+            "a variant's outputs are not finite numbers for rows of the validation texts' tokens: "
+            "check the model"
+        )
     own = 0.0
     if reference is not None:
         fp32 = [np.array(logits, dtype=np.float64) for logits in reference.logits]
         own = max(float(np.abs(one - other).max()) for one, other in zip(found, fp32, strict=True))
     largest = max(float(np.abs(logits).max()) for logits in found)
-    faulty = min(_faults(found[-1]))
-    tolerance = min(max(_LEAST_SHARE * largest, _TIMES_OWN * own), _SHARE_OF_FAULT * faulty)
     return Expected(
         logits=tuple(tuple(tuple(row) for row in logits.tolist()) for logits in found),
-        tolerance=max(tolerance, _LEAST),
+        tolerance=max(_LEAST_SHARE * largest, _TIMES_OWN * own, _LEAST),
     )
-
-
-def _faults(logits: NDArray[np.float32]) -> list[float]:
-    """How far the outputs of plain faults are from ``float32[rows, width]``."""
-    wrong: list[NDArray[np.float32]] = [np.zeros_like(logits), logits * np.float32(0.5)]
-    wrong.append(np.roll(logits, 1, axis=0))
-    if logits.shape[1] > 1:
-        wrong.append(np.roll(logits, 1, axis=1))
-    return [float(np.abs(logits - other).max()) for other in wrong]
 
 
 def encode_known_answers(

@@ -93,6 +93,7 @@ def write_tuned(
     (out / MANIFEST_HASH).write_text(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n")
     written = Bundle.open(out)
     written.verify()
+    read_known_answers(written)
     return written
 
 

@@ -19,7 +19,7 @@ from edgebert_export.known_answers import (
 from edgebert_export.to_onnx import OnnxModel
 from edgebert_runtime.bundle import MANIFEST, MANIFEST_HASH, Bundle
 from edgebert_runtime.encoder import Text
-from edgebert_runtime.known_answers import Expected
+from edgebert_runtime.known_answers import Expected, read_known_answers
 from edgebert_runtime.manifest import (
     FORMAT_VERSION,
     EngineEntry,
@@ -153,6 +153,7 @@ def write_bundle(
     (out / MANIFEST_HASH).write_text(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n")
     bundle = Bundle.open(out)
     bundle.verify()
+    read_known_answers(bundle)
     return bundle
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
+import edgebert_runtime
 from edgebert_runtime.batching import Gatherer, by_length
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cache import (
@@ -268,15 +269,16 @@ class Classifier:
         # The tokenizer is read while a session starts, and not while Python is needed for that.
         encoder = _Background(lambda: encoder_for(bundle), later=True)
 
-        def start(chosen: Choice) -> tuple[Session, Choice]:
+        def build(chosen: Choice, failed: dict[tuple[str, str], str]) -> Choice:
+            encoder.result()  # if it is at fault, no engine need be built
+            return _with_built_engine(
+                bundle, chosen, facts, on_progress, failed, any_variant=variant is None
+            )
+
+        def start(chosen: Choice) -> Session:
             if chosen.device == "tensorrt" or chosen.device == "rtx":
-                if chosen.engine_missing:
-                    encoder.result()  # if it is at fault, no engine need be built
-                    chosen = _with_built_engine(
-                        bundle, chosen, facts, on_progress, any_variant=variant is None
-                    )
                 encoder.begin()
-                return _start_engine(bundle, chosen, facts), chosen
+                return _start_engine(bundle, chosen, facts)
             path = chosen.variant.model
             file = model.result() if model and path == likely else bundle.read_model(path)
             session = OnnxSession(
@@ -285,7 +287,7 @@ class Classifier:
             bundle.check_unchanged(path)
             _check_belongs(session, bundle)
             _check_answers(session, bundle, chosen, facts)
-            return session, chosen
+            return session
 
         def start_worker_session() -> Session:
             path = choice.variant.model
@@ -306,7 +308,7 @@ class Classifier:
 
         again = choose_again if device == "auto" else None
         try:
-            session, choice = _start_session(choice, start, again)
+            session, choice = _start_session(choice, build, start, again)
         finally:
             encoder.end()
         try:
@@ -672,31 +674,44 @@ def _with_built_engine(
     choice: Choice,
     facts: DeviceFacts,
     on_progress: Callable[[int, int], None],
+    failed: dict[tuple[str, str], str],
     *,
     any_variant: bool,
 ) -> Choice:
-    """Builds the engine that was chosen, or if that fails and it may be any, another variant's."""
+    """Builds the engine that was chosen, or if that fails and it may be any, another variant's.
+
+    What cannot be built is added to ``failed``, and what is there already is not tried.
+    """
     from edgebert_runtime.engine_cache import EngineCache
     from edgebert_runtime.engines import build_engines, variants_for
 
     assert choice.engine is not None
     flavour = choice.engine.flavour
-    others = [v for v in variants_for(bundle.manifest, flavour) if v.name != choice.variant.name]
+    others = [
+        v
+        for v in variants_for(bundle.manifest, flavour)
+        if any_variant and v.name != choice.variant.name and (flavour, v.name) not in failed
+    ]
     _warn("building an engine of %s for %s", choice.variant.name, choice.engine)
-    built = build_engines(
-        bundle,
-        flavour,
-        facts,
-        EngineCache(),
-        variants=[choice.variant, *(others if any_variant else [])],
-        first_only=True,
-        on_progress=on_progress,
-    )
+    try:
+        built = build_engines(
+            bundle,
+            flavour,
+            facts,
+            EngineCache(),
+            variants=[choice.variant, *others],
+            first_only=True,
+            on_progress=on_progress,
+        )
+    except DeviceError as exc:
+        failed.update({(flavour, v.name): str(exc) for v in (choice.variant, *others)})
+        raise
     for name, failure in built.failures.items():
         _warn("%s: not built: %s", name, failure)
+        failed[flavour, name] = failure
     ((name, engine),) = built.keys.items()
     variant = bundle.manifest.variant(name)
-    return msgspec.structs.replace(choice, variant=variant, engine=engine)
+    return msgspec.structs.replace(choice, variant=variant, engine=engine, engine_missing=False)
 
 
 def _start_engine(bundle: Bundle, choice: Choice, facts: DeviceFacts) -> Session:
@@ -705,10 +720,18 @@ def _start_engine(bundle: Bundle, choice: Choice, facts: DeviceFacts) -> Session
     from edgebert_runtime.engines import arithmetic_of, open_engine, open_verified
 
     assert choice.engine is not None
-    cache = EngineCache()
-    if not is_known_right(*arithmetic_of(bundle, choice.engine, facts, cache)):
-        open_verified(bundle, choice.engine, choice.variant.name, facts, cache).close()
-    session = open_engine(bundle, choice.engine, cache)
+    cache, name = EngineCache(), choice.variant.name
+    known = is_known_right(*arithmetic_of(bundle, choice.engine, facts, cache))
+    session = None if known else open_verified(bundle, choice.engine, name, facts, cache)
+    if session is not None and choice.engine.flavour == "rtx":
+        # A session that serves begins with kernels for any shape, while a shape's own, which were
+        # asked just now, are loaded.
+        session.close()
+        session = None
+    if session is None:
+        session = open_engine(bundle, choice.engine, cache)
+        if not known:
+            _verify(session, bundle, choice)
     _check_belongs(session, bundle)
     return session
 
@@ -718,7 +741,8 @@ def arithmetic_of_onnx_runtime(
 ) -> tuple[str, ...]:
     """Returns what a session's answers are of, for ``is_known_right``: libraries and processor."""
     processor = processor_kind() if choice.device == "cpu" else f"{facts.driver} {facts.gpus}"
-    return bundle.digest, choice.variant.name, choice.device, *facts.onnxruntime, processor
+    of_session = bundle.digest, choice.variant.name, choice.device
+    return *of_session, *facts.onnxruntime, processor, edgebert_runtime.__version__
 
 
 def _check_answers(session: Session, bundle: Bundle, choice: Choice, facts: DeviceFacts) -> None:
@@ -726,6 +750,12 @@ def _check_answers(session: Session, bundle: Bundle, choice: Choice, facts: Devi
     what = arithmetic_of_onnx_runtime(bundle, choice, facts)
     if is_known_right(*what):
         return
+    _verify(session, bundle, choice)
+    remember_right(*what)
+
+
+def _verify(session: Session, bundle: Bundle, choice: Choice) -> None:
+    """Holds a session against the known answers; closes it if it does not give them."""
     from edgebert_runtime.known_answers import verify  # few starts need it
 
     try:
@@ -733,7 +763,6 @@ def _check_answers(session: Session, bundle: Bundle, choice: Choice, facts: Devi
     except BaseException:
         session.close()
         raise
-    remember_right(*what)
 
 
 def _likely_model(manifest: Manifest, device: str, variant: str | None) -> str | None:
@@ -752,18 +781,28 @@ def _warn(message: str, *args: object) -> None:
 
 def _start_session(
     choice: Choice,
-    start: Callable[[Choice], tuple[Session, Choice]],
+    build: Callable[[Choice, dict[tuple[str, str], str]], Choice],
+    start: Callable[[Choice], Session],
     choose_again: Callable[[Mapping[tuple[str, str], str]], Choice] | None,
 ) -> tuple[Session, Choice]:
-    """Starts what was chosen; if that fails and there may be another choice, takes it, loudly."""
+    """Starts what was chosen; if that fails and there may be another choice, takes it, loudly.
+
+    Args:
+        choice: What was chosen.
+        build: Builds its engine, and adds what cannot be built to what has failed.
+        start: Starts it.
+        choose_again: Chooses once more, by what has failed; ``None`` if nothing else may run.
+    """
     failed: dict[tuple[str, str], str] = {}
     while True:
-        first = choice.device, choice.variant.name
         try:
-            return start(choice)
+            if choice.engine_missing:
+                choice = build(choice, failed)
+            return start(choice), choice
         except DeviceError as exc:
             if choose_again is None:
                 raise
+            first = choice.device, choice.variant.name
             failed[first] = str(exc)
         # Out of the except clause, so that what the exception holds on to is freed.
         choice = choose_again(failed)

@@ -36,6 +36,8 @@ __all__ = [
 _MOST_BYTES = 8 * 2**20
 _MOST_BATCHES = 64
 _MOST_ROWS = 64
+_MOST_TOKENS = 32_768
+"""Padding included, in all batches: they run before the first answer."""
 _MOST_ID = 2**31 - 1
 
 
@@ -141,6 +143,9 @@ def _check(found: KnownAnswers, manifest: Manifest) -> None:
                 raise ValueError("token_type_ids are as many as input_ids, where a model has them")
             if not {0, 1}.issuperset(row.token_type_ids):
                 raise ValueError("a token's type is 0 or 1")
+    tokens = sum(len(batch) * max(len(r.input_ids) for r in batch) for batch in found.batches)
+    if tokens > _MOST_TOKENS:
+        raise ValueError(f"known answers are of at most {_MOST_TOKENS} tokens, padding included")
     names = {variant.name for variant in manifest.variants}
     if found.expected.keys() != names or found.reference not in names:
         raise ValueError(f"known answers must be of each variant: {', '.join(sorted(names))}")
@@ -174,20 +179,31 @@ def inputs_of(
 
 
 def deviation(
-    session: Session, answers: KnownAnswers, manifest: Manifest, variant: str
+    session: Session, answers: KnownAnswers, manifest: Manifest, variant: str, *, turns: int = 1
 ) -> Deviation:
     """Runs the known batches on a session, and returns how far its outputs are off.
 
+    Args:
+        session: The loaded model.
+        answers: The known answers.
+        manifest: Of their bundle.
+        variant: That the session runs.
+        turns: How often each batch is run; the worst of all is told.
+
     Raises:
         DeviceError: The session failed.
+        BundleError: The model has no output ``logits``.
         InputError: The session takes other inputs than the manifest says.
     """
     names = {spec.name for spec in manifest.inputs}
     expected, reference = answers.expected[variant], answers.expected[answers.reference]
     largest = [0.0, 0.0, 0.0]
-    for index, batch in enumerate(answers.batches):
+    for index, batch in [*enumerate(answers.batches)] * turns:
         inputs = inputs_of(batch, names, manifest.pad_token_id)
-        found = np.asarray(session.run(inputs)["logits"], dtype=np.float64)
+        outputs = session.run(inputs)
+        if "logits" not in outputs:
+            raise BundleError(f"{variant} has no output logits; it has: {', '.join(outputs)}")
+        found = np.asarray(outputs["logits"], dtype=np.float64)
         own, fp32 = (
             np.array(known.logits[index], dtype=np.float64) for known in (expected, reference)
         )
@@ -210,7 +226,9 @@ def deviation(
     )
 
 
-def verify(session: Session, bundle: Bundle, variant: str, device: str) -> Deviation:
+def verify(
+    session: Session, bundle: Bundle, variant: str, device: str, *, turns: int = 1
+) -> Deviation:
     """Holds a session's answers against the bundle's known ones.
 
     Args:
@@ -218,12 +236,13 @@ def verify(session: Session, bundle: Bundle, variant: str, device: str) -> Devia
         bundle: Where the known answers are.
         variant: That the session runs.
         device: Where, for the message.
+        turns: How often each batch is run.
 
     Raises:
         DeviceError: The session failed, or does not answer as is known.
         BundleError: The known answers cannot be read.
     """
-    found = deviation(session, read_known_answers(bundle), bundle.manifest, variant)
+    found = deviation(session, read_known_answers(bundle), bundle.manifest, variant, turns=turns)
     if not found.passed:
         raise DeviceError(
             f"{variant} computes wrongly on {device}: its outputs for the bundle's known inputs "

@@ -12,7 +12,7 @@ from edgebert_runtime.classifier import arithmetic_of_onnx_runtime, choose_for
 from edgebert_runtime.device import DEVICES, Choice
 from edgebert_runtime.errors import DeviceError, EdgebertError, InputError, MissingExtraError
 from edgebert_runtime.facts import DeviceFacts, gather_facts
-from edgebert_runtime.known_answers import deviation, read_known_answers
+from edgebert_runtime.known_answers import KnownAnswers, deviation, read_known_answers
 from edgebert_runtime.onnx_session import OnnxSession
 from edgebert_runtime.processor import usable_cores
 
@@ -102,30 +102,33 @@ def verify_here(
             f"{variant or 'the bundle'} has nothing for {device}; for it is: {names or 'nothing'}"
         )
     facts = gather_facts(device)
+    answers = read_known_answers(bundle)
     found, not_run = [], {}
     fault: EdgebertError | None = None
     for name, where in asked:
         try:
             choice = choose_for(bundle, facts, where, name)
+            session = _open(bundle, choice, threads or usable_cores())
         except (DeviceError, MissingExtraError) as exc:
             not_run[f"{name} on {where}"] = str(exc)
             fault = exc
             continue
-        found.append(_verified(bundle, choice, facts, threads or usable_cores()))
+        found.append(_verified(bundle, answers, choice, facts, session))
     if fault is not None and not found:
         raise fault
     return Verified(verified=tuple(found), not_run=not_run)
 
 
-def _verified(bundle: Bundle, choice: Choice, facts: DeviceFacts, cores: int) -> VerifiedVariant:
-    name, answers = choice.variant.name, read_known_answers(bundle)
+def _verified(
+    bundle: Bundle, answers: KnownAnswers, choice: Choice, facts: DeviceFacts, session: Session
+) -> VerifiedVariant:
+    name = choice.variant.name
     what: dict[str, Any] = {
         "variant": name,
         "device": choice.device,
         "tolerance": answers.expected[name].tolerance,
     }
     try:
-        session = _open(bundle, choice, cores)
         try:
             start = time.perf_counter()
             seen = deviation(session, answers, bundle.manifest, name)
