@@ -266,9 +266,36 @@ def quantise_gpu(
         form = forms[candidate[1]]
         return insert_qdq(form.graph, form.products(names), scales[candidate], steps)
 
+    def ranges(candidate: tuple[Calibrator, bool], names: Collection[str]) -> list[ProductRange]:
+        products = forms[candidate[1]].products(names)
+        return _ranges(quantised(candidate, names), products, rows, encoder)
+
+    # Before anything is judged, with scales that clip least: one sum that overflows would make
+    # every candidate worthless.
+    beyond = {
+        found.layer: found
+        for smoothed in forms
+        for found in ranges((names[0], smoothed), layers)
+        if found.share > 1 / _MARGIN
+    }
+    for product in beyond.values():
+        say(f"int8-gpu: {product.layer} stays in FP16: its sum reaches {product.largest:.3g}")
+    safe = [n for n, products in layers.items() if not beyond.keys() & {p.name for p in products}]
+    if not safe:
+        refusal = "every product's sum could leave FP16"
+        say(f"int8-gpu: {refusal}: FP16 it is")
+        return GpuLog(
+            texts=texts,
+            fp16=fidelity,
+            linear_layers=linear_layers,
+            head_layers=head_layers,
+            unfused=unfused,
+            out_of_range=tuple(beyond.values()),
+            refusal=refusal,
+        )
     part, trials = judge.part(_TRIAL_ROWS), []
     for done, candidate in enumerate(candidates, start=1):
-        found = part.judge(emulate(typed(quantised(candidate, layers))))
+        found = part.judge(emulate(typed(quantised(candidate, safe))))
         trials.append(Trial(calibrator=candidate[0], smoothed=candidate[1], fidelity=found))
         on_progress(done, len(candidates) + 1)
     best = min(range(len(trials)), key=lambda index: trials[index].fidelity.distance)
@@ -279,36 +306,24 @@ def quantise_gpu(
         f"{' after smoothing' if winner[1] else ''} comes closest to FP32"
     )
     if config.rounding == "gptq":
-        steps |= round_layers(form.graph, form.products(layers), rows, encoder)
+        steps |= round_layers(form.graph, form.products(safe), rows, encoder)
 
-    def ranges(names: Collection[str]) -> list[ProductRange]:
-        return _ranges(quantised(winner, names), form.products(names), rows, encoder)
-
-    beyond = [found for found in ranges(layers) if found.share > 1 / _MARGIN]
-    for product in beyond:
-        say(f"int8-gpu: {product.layer} stays in FP16: its sum reaches {product.largest:.3g}")
-    outside = {product.layer for product in beyond}
-    safe = [n for n, products in form.layers.items() if not outside & {p.name for p in products}]
-    result, taken, proved = None, list[Product](), list[ProductRange]()
-    if not safe:
-        refusal = "every product's sum could leave FP16"
+    result = fit(
+        safe,
+        lambda names: emulate(typed(quantised(winner, names))),
+        judge,
+        config.budget,
+        sensitivity=config.sensitivity,
+        say=lambda line: say(f"int8-gpu: {line}"),
+    )
+    taken = form.products(result.quantised)
+    proved = ranges(winner, result.quantised) if taken else []
+    if not result.fits:
+        refusal = "none of the sets of layers that were tried in INT8 fits the budget"
+    elif any(found.share > 1 / _MARGIN for found in proved):
+        refusal = "a product's sum could leave FP16 with the scales that were chosen"
     else:
-        result = fit(
-            safe,
-            lambda names: emulate(typed(quantised(winner, names))),
-            judge,
-            config.budget,
-            sensitivity=config.sensitivity,
-            say=lambda line: say(f"int8-gpu: {line}"),
-        )
-        taken = form.products(result.quantised)
-        proved = ranges(result.quantised) if taken else []
-        if not result.fits:
-            refusal = "none of the sets of layers that were tried in INT8 fits the budget"
-        elif any(found.share > 1 / _MARGIN for found in proved):
-            refusal = "a product's sum could leave FP16 once other layers were given back"
-        else:
-            write_graph(typed(quantised(winner, result.quantised)), int8)
+        write_graph(typed(quantised(winner, result.quantised)), int8)
     if refusal is not None:
         say(f"int8-gpu: {refusal}: FP16 it is")
         taken, proved = [], []
@@ -325,7 +340,7 @@ def quantise_gpu(
         linear_int8=sum(product.kind == "linear" for product in taken),
         unfused=unfused,
         ranges=tuple(proved),
-        out_of_range=tuple(beyond),
+        out_of_range=tuple(beyond.values()),
         scales=_summaries(form, scales[winner], taken),
         refusal=refusal,
     )

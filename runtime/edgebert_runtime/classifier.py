@@ -346,17 +346,25 @@ class Classifier:
 
         Raises:
             InputError: A text is not what the task takes.
-            DeviceError: The backend failed, or the classifier is closed.
+            DeviceError: The backend failed, or gave what is not a finite number, or the classifier
+                is closed.
         """
-        return self.predictions_of(self.logits(texts))
+        return self.predictions_of(self._logits(texts))
 
     def predictions_of(self, logits: NDArray[np.float32]) -> list[Prediction]:
         """Returns what each row of the model's raw outputs, ``float32[rows, labels]``, says.
 
         Without numpy: after a call of the model, what numpy needs for a handful of numbers is in
         no cache of the processor, and takes longer than this (``benchmarks/single_text.py``).
+
+        Raises:
+            DeviceError: One is not a finite number.
         """
-        return [self._prediction(row) for row in logits.tolist()]
+        rows = logits.tolist()
+        for row in rows:
+            if not math.isfinite(sum(row)):
+                raise self._not_finite()
+        return [self._prediction(row) for row in rows]
 
     def scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         """Returns probabilities, ``float32[len(texts), labels]``, in the order of ``texts``.
@@ -364,10 +372,15 @@ class Classifier:
         Rows sum to 1 in a ``single_label`` task; each entry stands alone in ``multi_label``.
         Raises what ``predict`` raises.
         """
-        return self.scores_of(self.logits(texts))
+        return self.scores_of(self._logits(texts))
 
     def scores_of(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the scores that raw outputs make; both are ``float32[rows, labels]``."""
+        """Returns the scores that raw outputs make; both are ``float32[rows, labels]``.
+
+        Raises:
+            DeviceError: One is not a finite number.
+        """
+        self._check_finite(logits)
         of_row = _softmax if self.task.thresholds is None else _sigmoid
         found = np.array([of_row(row) for row in logits.tolist()], dtype=np.float32)
         return found.reshape(logits.shape)
@@ -376,6 +389,15 @@ class Classifier:
         """Returns the model's raw outputs, ``float32[len(texts), labels]``, in order.
 
         Raises what ``predict`` raises.
+        """
+        found = self._logits(texts)
+        self._check_finite(found)
+        return found
+
+    def _logits(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+        """Does what ``logits`` does, but does not look whether outputs are finite.
+
+        Callers do, each at its own: others whose texts share a call of the model have answers.
         """
         if isinstance(texts, str):
             raise InputError("give a list of texts, not one string: [text]")
@@ -516,17 +538,23 @@ class Classifier:
                 f"the model gave logits of shape {found.shape} for {count} texts and "
                 f"{self._columns} labels; model and manifest do not belong together"
             )
-        # Infinities of both signs make it NaN. Of finite numbers it is not, but in a rare overflow.
-        if not math.isfinite(np.add.reduce(found, axis=None)) and not np.isfinite(found).all():
-            where = "" if self.choice is None else f" of {self.choice.variant.name}"
-            raise DeviceError(
-                f"an output{where} is not a finite number: the device computes wrongly; see "
-                "edgebert-rt verify BUNDLE"
-            )
         self._answered.append((count, truncated))
         if len(self._answered) > _MOST_UNCOUNTED:
             self._count()
         return found
+
+    def _check_finite(self, logits: NDArray[np.float32]) -> None:
+        if not np.isfinite(logits).all():
+            raise self._not_finite()
+
+    def _not_finite(self) -> DeviceError:
+        of = "the model"
+        if self.choice is not None:
+            of = f"{self.choice.variant.name} on {self.choice.device}"
+        return DeviceError(
+            f"an output of {of} is not a finite number, and no answer: edgebert-rt verify BUNDLE "
+            "says whether this device computes rightly"
+        )
 
     def _count(self) -> Stats:
         """Adds up what was answered, which ``_run`` notes: to take a lock takes much longer."""

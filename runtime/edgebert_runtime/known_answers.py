@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from edgebert_runtime.errors import BundleError, DeviceError
+from edgebert_runtime.manifest import decode_strictly
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,11 +119,12 @@ def read_known_answers(bundle: Bundle) -> KnownAnswers:
         raise BundleError(
             f"{bundle.path}: {manifest.known_answers} has {size} bytes, more than any bundle needs"
         )
+    source = f"{bundle.path}: {manifest.known_answers}"
+    found = decode_strictly(bundle.read(manifest.known_answers), KnownAnswers, source)
     try:
-        found = msgspec.json.decode(bundle.read(manifest.known_answers), type=KnownAnswers)
         _check(found, manifest)
-    except (msgspec.DecodeError, ValueError, RecursionError) as exc:
-        raise BundleError(f"{bundle.path}: {manifest.known_answers}: {exc}") from exc
+    except ValueError as exc:
+        raise BundleError(f"{source}: {exc}") from exc
     return found
 
 

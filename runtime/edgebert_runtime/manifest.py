@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -29,6 +29,7 @@ __all__ = [
     "Variant",
     "check_relative_path",
     "decode_manifest",
+    "decode_strictly",
     "encode_manifest",
 ]
 
@@ -40,6 +41,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -391,11 +395,20 @@ def decode_manifest(data: bytes, source: str) -> Manifest:
             f"{source}: format_version {version} is unknown; this edgebert reads {FORMAT_VERSION}. "
             "Use the edgebert-runtime that belongs to the bundle, or export it anew."
         )
+    return decode_strictly(data, Manifest, f"{source}: manifest.json")
+
+
+def decode_strictly(data: bytes, kind: type[_Struct], source: str) -> _Struct:
+    """Reads JSON as a struct; ``source`` names the file in messages.
+
+    Raises:
+        BundleError: Not JSON, or not what the struct holds; or a key is there twice.
+    """
     try:
         json.loads(data, object_pairs_hook=_refuse_repeats)
-        return msgspec.json.decode(data, type=Manifest)
+        return msgspec.json.decode(data, type=kind)
     except _UNREADABLE as exc:
-        raise BundleError(f"{source}: manifest.json: {exc}") from exc
+        raise BundleError(f"{source}: {exc}") from exc
 
 
 def _refuse_repeats(pairs: list[tuple[str, object]]) -> None:

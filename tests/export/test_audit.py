@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -268,3 +269,46 @@ def test_a_character_that_changed_is_read_or_refused_and_never_a_crash(
         read_kernels(["".join(text)], 1)
     except NotUnderstoodError as exc:
         assert "\n" not in str(exc)
+
+
+def _int8_by(op: str) -> onnx.ModelProto:
+    """An INT8 product that the audit does not know, or one in a function."""
+    h, t = onnx.helper, onnx.TensorProto
+    scale = onnx.numpy_helper.from_array(np.array(0.01, dtype=np.float16), "scale")
+    weight = onnx.numpy_helper.from_array(np.ones((64, 64), dtype=np.int8), "weight")
+    nodes = [h.make_node("DequantizeLinear", ["weight", "scale"], ["w"], name="w")]
+    if op == "Einsum":
+        nodes += [
+            h.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], name="q"),
+            h.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"], name="d"),
+            h.make_node("Einsum", ["d", "w"], ["y"], name="p", equation="ij,jk->ik"),
+        ]
+    elif op == "weights alone":
+        nodes.append(h.make_node("MatMul", ["x", "w"], ["y"], name="p"))
+    else:
+        nodes.append(h.make_node("Product", ["x", "w"], ["y"], name="p", domain="ours"))
+    zero = onnx.numpy_helper.from_array(np.array(0, dtype=np.int8), "zero")
+    graph = h.make_graph(
+        nodes,
+        "graph",
+        [h.make_tensor_value_info("x", t.FLOAT16, ["batch", 64])],
+        [h.make_tensor_value_info("y", t.FLOAT16, ["batch", 64])],
+        [scale, weight, zero],
+    )
+    opsets = [h.make_opsetid("", 20), h.make_opsetid("ours", 1)]
+    functions = []
+    if op == "function":
+        inside = [h.make_node("MatMul", ["a", "b"], ["c"], name="inside")]
+        functions = [h.make_function("ours", "Product", ["a", "b"], ["c"], inside, opsets[:1])]
+    return h.make_model(graph, opset_imports=opsets, functions=functions)
+
+
+@pytest.mark.parametrize("op", ["Einsum", "weights alone", "function"])
+def test_int8_where_the_audit_does_not_look_is_not_understood_and_never_fine(
+    tmp_path: Path, op: str
+) -> None:
+    onnx.save(_int8_by(op), tmp_path / "model.onnx")
+    found = audit(tmp_path / "model.onnx", [], b"", 1)
+    assert found.verdict == "not understood"
+    assert found.not_understood is not None
+    assert "function" in found.not_understood or "dequantises" in found.not_understood

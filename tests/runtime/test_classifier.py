@@ -636,8 +636,8 @@ def test_a_device_that_does_not_start_leaves_the_next_best_one_its_turn(
     def choose_for(bundle: Any, *args: Any, failed: Any = None, **other: Any) -> Choice:
         failed = failed or {}
         tried.append(list(failed))
-        device: Any = next(name for name in ("tensorrt", "cuda", "cpu") if name not in failed)
-        name = "fp32" if device == "cpu" else "gpu"
+        pairs: list[tuple[Any, str]] = [("tensorrt", "gpu"), ("cuda", "gpu"), ("cpu", "fp32")]
+        device, name = next(pair for pair in pairs if pair not in failed)
         return Choice(device, bundle.manifest.variant(name), tuple(failed.values()))
 
     def fail(*args: Any) -> None:
@@ -649,7 +649,7 @@ def test_a_device_that_does_not_start_leaves_the_next_best_one_its_turn(
         assert classifier.choice is not None and classifier.choice.device == "cpu"
         first, second = classifier.choice.passed_over
     assert first == "the engine is out of memory" and "CUDAExecutionProvider" in second
-    assert tried == [[], ["tensorrt"], ["tensorrt", "cuda"]]
+    assert tried == [[], [("tensorrt", "gpu")], [("tensorrt", "gpu"), ("cuda", "gpu")]]
 
 
 @pytest.mark.usefixtures("broken_cuda")

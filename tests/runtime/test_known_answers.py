@@ -234,6 +234,11 @@ FP32 = ("expected", "fp32")
         pytest.param(_set("x", *FP32, "logits"), "Expected `array`", id="type"),
         pytest.param(_set(1, "more"), "unknown field `more`", id="unknown key"),
         pytest.param(_set([[{"input_ids": [1]}]] * 65, "batches"), "64 batches", id="many"),
+        pytest.param(
+            _set([[{"input_ids": [1] * 64, "token_type_ids": [0] * 64}] * 64] * 9, "batches"),
+            "at most 32768 tokens",
+            id="work",
+        ),
     ],
 )
 def test_known_answers_that_make_no_sense_are_refused_in_one_line(
@@ -251,7 +256,10 @@ def test_known_answers_that_make_no_sense_are_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{", b"[" * 100_000, b'{"batches": 1e999}'])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[]", b"{", b"[" * 100_000, b'{"batches": 1e999}', b'{"reference":"a","reference":"b"}'],
+)
 def test_a_file_that_is_no_known_answers_is_refused(
     copy_bundle: Callable[..., Path], replace_file: Callable[..., None], data: bytes
 ) -> None:

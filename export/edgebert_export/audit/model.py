@@ -79,15 +79,24 @@ def read_asked(model: Path) -> Asked:
             own, or stands where this reader does not look.
     """
     try:
-        graph = onnx.load(model, load_external_data=False).graph
+        read = onnx.load(model, load_external_data=False)
+        graph = read.graph
     except Exception as exc:  # protobuf raises errors of its own
         raise ModelError(f"{model} is not an ONNX model: {' '.join(str(exc).split())}") from exc
+    if read.functions:
+        raise NotUnderstoodError("the model holds functions, whose products would not be counted")
     for node in graph.node:
         if node.op_type in _OPAQUE or any(
             attribute.HasField("g") or attribute.graphs for attribute in node.attribute
         ):
             raise NotUnderstoodError(f"what a node {node.op_type} of the model asks is not known")
     reader = _Reader(graph)
+    for node in graph.node:
+        if (odd := reader.unknown_reader(node)) is not None:
+            raise NotUnderstoodError(
+                f"{odd.op_type} {odd.name} reads what {node.name} dequantises: what a compiler "
+                "makes of that is not known"
+            )
     products = [product for node in graph.node if (product := reader.product(node)) is not None]
     attentions = [found for node in graph.node if (found := reader.attention(node)) is not None]
     names = Counter(node.name for node in graph.node)
@@ -140,6 +149,23 @@ class _Reader:
             swapped = self._is_swapped(node, sources[1])
             shape = (columns, rows) if swapped else (rows, columns)
         return Int8Product(node.name, scale, shape, sources[1].name if weight is not None else None)
+
+    def unknown_reader(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """Returns what reads dequantised INT8 and is no product of two such, if anything does.
+
+        What moves it around is followed. Tables that are looked up may be in INT8: nothing is
+        added up then.
+        """
+        if node.op_type != "DequantizeLinear" or self._dequantised(node.output[0]) is None:
+            return None
+        waiting = [node.output[0]]
+        while waiting:
+            for reader in self._readers.get(waiting.pop(), []):
+                if reader.op_type in _PASSED_ON:
+                    waiting += reader.output
+                elif reader.op_type != "Gather" and self.product(reader) is None:
+                    return reader
+        return None
 
     def _dequantised(self, name: str) -> onnx.NodeProto | None:
         """Returns the node that dequantises an INT8 operand, if one does."""

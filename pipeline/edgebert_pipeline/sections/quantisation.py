@@ -119,9 +119,9 @@ def _trials(log: GpuLog) -> Table:
 def _gpu_in_words(log: GpuLog) -> str:
     texts = log.texts
     sentences = []
-    if log.chosen is None:
+    if log.chosen is None and not log.out_of_range:
         sentences.append(f"**There is no model for TensorRT**: {log.refusal}.")
-    elif log.refusal is not None:
+    elif log.chosen is None or log.refusal is not None:
         sentences.append(f"**There is no int8-gpu**: {log.refusal}; `fp16-gpu` is shipped.")
     elif log.fit is not None:
         trial = log.trials[log.chosen]
