@@ -34,7 +34,6 @@ from packaging.requirements import Requirement
 
 from edgebert_runtime.bundle import Bundle
 from edgebert_runtime.cache import cache_dir
-from edgebert_runtime.cli import COMMANDS
 from edgebert_runtime.encoder import Text
 from edgebert_runtime.errors import EdgebertError
 
@@ -358,8 +357,7 @@ def use(emulated: Emulated, variants: Mapping[str, str], texts: list[Text], expe
         labels = [prediction["labels"] for prediction in json.loads(said)]
         if labels != expected["variants"][name]["labels"][: len(given)]:
             raise SystemExit(f"{emulated.name}: predict's labels are not those of {name} here")
-    if "verify" in {command.name for command in COMMANDS}:
-        emulated.edgebert("verify")
+    emulated.edgebert("verify")
     print(f"{emulated.name}: {len(texts)} texts", file=sys.stderr, flush=True)
     arguments = ("-c", _ANSWERS, emulated.bundle, *variants)
     return json.loads(emulated.python(*arguments, given=json.dumps(texts)))

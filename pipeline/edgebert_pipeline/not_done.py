@@ -53,8 +53,7 @@ def _on_a_gpu(evaluation: Evaluation, engines: EngineLog) -> _Found:
         yield (
             f"A run on a GPU: {', '.join(untimed)}",
             "an export measures on a CPU; their answers were computed there by ONNX Runtime, from "
-            "the graphs that TensorRT gets, with every result that these type FP16 stored as FP16, "
-            "and they were not timed",
+            "the graphs that TensorRT gets, and they were not timed",
         )
     if engines.skipped is not None:
         yield "Building engines ahead of time", engines.skipped

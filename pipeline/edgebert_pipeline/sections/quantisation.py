@@ -34,10 +34,14 @@ def quantisation_section(report: Report) -> Section | None:
     parts: list[Part] = [
         "Decided on validation rows, which are not the test rows above; the budget against FP32: "
         f"{', '.join(limits)}. *Lost* is FP32's accuracy less the variant's; *divergence* is the "
-        "mean Kullback-Leibler divergence of the outputs from FP32's, in nats. What is for a GPU "
-        "was computed on a CPU, with every result that its graph types FP16 stored as FP16; no GPU "
-        "was asked."
+        "mean Kullback-Leibler divergence of the outputs from FP32's, in nats."
     ]
+    logs = [log.gpu for log in report.quantisation.values() if log.gpu is not None]
+    if any(log.ranges or log.out_of_range for log in logs):  # not in reports of before
+        parts.append(
+            "What is for a GPU was computed on a CPU, with every result that its graph types FP16 "
+            "stored as FP16, here and on the test rows; no GPU was asked."
+        )
     for name, log in report.quantisation.items():
         parts += [Heading(name), *_model(name, log, budget)]
     return Section("quantisation", "Quantisation", parts)
