@@ -7,6 +7,7 @@ bundles are real.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 import signal
@@ -321,8 +322,14 @@ def test_a_file_or_a_name_of_the_bundles_own_is_not_taken(bundle: Path, rows: Pa
         (bundle / "models" / "fp32.onnx").read_bytes()
     )
     variant = {"name": "int8-cpu-per-channel", "precision": "fp32", "devices": ["cuda"]}
+    answers = json.loads((bundle / "known_answers.json").read_bytes())
+    answers["expected"]["int8-cpu-per-channel"] = answers["expected"]["fp32"]
+    known = json.dumps(answers).encode()
+    (bundle / "known_answers.json").write_bytes(known)
 
     def change(manifest: Any) -> None:
+        (listed,) = [e for e in manifest["files"] if e["path"] == "known_answers.json"]
+        listed.update(size_bytes=len(known), sha256=hashlib.sha256(known).hexdigest())
         (entry,) = [e for e in manifest["files"] if e["path"] == "models/fp32.onnx"]
         path = "models/int8-cpu-per-tensor.onnx"
         manifest["files"].append({**entry, "path": path})
