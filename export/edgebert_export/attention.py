@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from edgebert_export.graph import (
     Product,
@@ -84,7 +84,9 @@ def find_attentions(model: ir.Model, products: Sequence[Product]) -> list[Attent
         model: The graph.
         products: All of its products.
     """
-    nodes = {node.name: node for node in model.graph}
+    shaped = copy_of(model)
+    ShapeInferencePass()(shaped)
+    nodes = {node.name: node for node in shaped.graph}
     linear = {product.node: product for product in products if product.kind == "linear"}
     found = []
     attention = [product for product in products if product.kind == "attention"]

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.checker import ValidationError
 from onnx.shape_inference import InferenceError
-from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from edgebert_export.errors import ExportError, ModelError
 from edgebert_export.quantise import ProductKind
@@ -152,9 +152,21 @@ def open_graph(path: Path) -> ir.Model:
         raise ModelError(f"{path} is damaged: {str(exc).splitlines()[0]}") from exc
     _unshare(model)
     _split_gemms(model)
-    ShapeInferencePass()(model)  # types and shapes of all values, as far as they can be told
+    _forget_shapes(model)
     release_memory()
     return model
+
+
+def _forget_shapes(model: ir.Model) -> None:
+    """Forgets the exporter's notes of inner shapes: rewrites change some of them.
+
+    ONNX Runtime infers shapes itself, and plans its memory by such notes where there are any.
+    """
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outputs:
+                value.shape = None
 
 
 def release_memory() -> None:
