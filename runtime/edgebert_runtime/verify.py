@@ -102,6 +102,7 @@ def verify_here(
             f"{variant or 'the bundle'} has nothing for {device}; for it is: {names or 'nothing'}"
         )
     facts = gather_facts(device)
+    bundle.verify()  # of a bundle that is damaged anywhere, nothing is right
     answers = read_known_answers(bundle)
     found, not_run = [], {}
     fault: EdgebertError | None = None

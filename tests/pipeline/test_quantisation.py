@@ -15,6 +15,7 @@ import pytest
 from edgebert_pipeline.report import Report
 from edgebert_pipeline.report_markdown import render_markdown
 from edgebert_pipeline.run import export
+from edgebert_pipeline.sections.quantisation import without_common_start
 from edgebert_runtime import Classifier, InputError
 from edgebert_runtime.bundle import Bundle
 
@@ -246,3 +247,15 @@ def test_a_pattern_that_excludes_nothing_is_refused(
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["quantisation"]["model"]["gpu"]["linear_int8"] == 9 - 4
+
+
+def test_layers_in_the_sensitivity_chart_keep_names_of_their_own() -> None:
+    layers = [
+        f"distilbert.transformer.layer.{number}.{part}"
+        for number in (0, 1)
+        for part in ("attention.q_lin+k_lin+v_lin", "ffn.lin1")
+    ]
+    shown = without_common_start(layers)
+    assert shown[0] == "0.attention.q_lin+k_lin+v_lin" and len(set(shown)) == len(layers)
+    assert without_common_start(["bert.pooler.dense"]) == ["dense"]
+    assert without_common_start(["classifier", "bert.pooler.dense"])[0] == "classifier"

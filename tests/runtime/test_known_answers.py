@@ -343,3 +343,12 @@ def test_outputs_of_another_shape_are_a_device_error(tiny_bundles: dict[str, Pat
     answers: KnownAnswers = read_known_answers(bundle)
     with pytest.raises(DeviceError, match="outputs of shape"):
         deviation(Faulty(bundle, lambda logits: logits[:, :1]), answers, bundle.manifest, "fp32")
+
+
+def test_a_bundle_that_is_damaged_where_nothing_here_looks_is_not_called_right(two: Path) -> None:
+    path = two / "models" / "other.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"models/other\.onnx was altered"):
+        verify_here(Bundle.open(two), variant="fp32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from edgebert_export.closed_loop import Fit
@@ -13,11 +14,10 @@ from edgebert_pipeline.quantisation import Quantisation
 from edgebert_pipeline.report import Report
 from edgebert_pipeline.sections.variants import bars
 
-__all__ = ["quantisation_section"]
+__all__ = ["quantisation_section", "without_common_start"]
 
 _MOST_LISTED = 12
 _MOST_IN_CHART = 30
-_LONGEST_NAME = 28
 
 
 def quantisation_section(report: Report) -> Section | None:
@@ -190,10 +190,11 @@ def _layers(model: str, variant: str, found: Fit) -> Iterator[Part]:
 
 
 def _sensitivity_chart(model: str, variant: str, found: Fit) -> Chart | None:
+    shown = [d for d in found.sensitivity[:_MOST_IN_CHART] if d.divergence is not None]
+    names = without_common_start([damage.layer for damage in shown])
     values = [
-        {"name": _tail(damage.layer), "value": damage.divergence}
-        for damage in found.sensitivity[:_MOST_IN_CHART]
-        if damage.divergence is not None
+        {"name": name, "value": damage.divergence}
+        for name, damage in zip(names, shown, strict=True)
     ]
     if not values:
         return None
@@ -205,8 +206,12 @@ def _sensitivity_chart(model: str, variant: str, found: Fit) -> Chart | None:
     )
 
 
-def _tail(layer: str) -> str:
-    return layer if len(layer) <= _LONGEST_NAME else "…" + layer[-_LONGEST_NAME:]
+def without_common_start(layers: Sequence[str]) -> list[str]:
+    """Returns paths without the parts that all of them begin with, so that each stays its own."""
+    paths = [layer.split(".") for layer in layers]
+    columns = zip(*[path[:-1] for path in paths], strict=False)  # as far as the shortest goes
+    common = len([*itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)])
+    return [".".join(path[common:]) for path in paths]
 
 
 def _scales(scales: Sequence[ScaleSummary]) -> Table:
